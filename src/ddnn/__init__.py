@@ -1,0 +1,38 @@
+"""ddnn: one training run gives several nested networks.
+
+>>> net = ddnn.nest(torchvision.models.resnet34(), {"resnet18": (2, 2, 2, 2)})
+>>> outputs = net(images)                      # name -> Output(logits, features), the full-net last
+>>> terms = ddnn.EKD()(outputs, target)        # name of a term -> scalar
+>>> sum(terms.values()).backward()
+>>> net.subnet("resnet18")                     # an ordinary torchvision ResNet-18
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ddnn.version import __version__
+
+if TYPE_CHECKING:
+    from ddnn.errors import DDNNError
+    from ddnn.families.family import Family
+    from ddnn.network import DDNN, Output, nest, recalibrate
+    from ddnn.objective import EKD
+
+# Loaded when first used, so that `import ddnn` costs nothing and needs no torch.
+_HOME = {
+    "DDNN": "ddnn.network",
+    "DDNNError": "ddnn.errors",
+    "EKD": "ddnn.objective",
+    "Family": "ddnn.families.family",
+    "Output": "ddnn.network",
+    "nest": "ddnn.network",
+    "recalibrate": "ddnn.network",
+}
+
+__all__ = ["DDNN", "EKD", "DDNNError", "Family", "Output", "__version__", "nest", "recalibrate"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ddnn' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,5 @@
+"""`python -m ddnn` is `ddnn`."""
+
+from ddnn.cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The run folder: what a training leaves behind, written so that a kill at any moment loses nothing already there.
+
+    recipe.toml          the resolved recipe
+    run.json             versions, machine, seed, data (classes, image size, normalisation)
+    metrics.jsonl        one line per epoch
+    tensorboard/         the same as events
+    checkpoints/         step-NUMBER-DIGEST.pt, the last two; DIGEST begins the file's sha256
+    model.safetensors    weights of all nets, each stored once; written at the end
+    summary.json         the table of sub-nets; written last, so a run that has it is complete
+
+Every file is written beside its place, flushed to the disk and then renamed. Nothing is unpickled: checkpoints are
+read with `weights_only`, weights with safetensors.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from ddnn import recipe as recipes
+from ddnn.errors import RunError
+from ddnn.network import DDNN
+from ddnn.recipe import Recipe
+
+KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
+
+log = logging.getLogger("ddnn")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it holds, whatever happens, either what it held before or all of `content`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+class RunFolder:
+    """One run's folder; `create` makes a new one, `open` takes an existing one."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
+        """A new run folder; `RunError` if something is there already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} exists already; give another --out, or go on with --resume {path}")
+        write_atomic(path / "recipe.toml", recipe.to_toml().encode())
+        return cls(path, recipe)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The run in this folder; `RunError` if it holds none."""
+        if not (path / "recipe.toml").is_file():
+            raise RunError(f"{path} is no run folder: it has no recipe.toml")
+        return cls(path, recipes.load(path / "recipe.toml"))
+
+    # -- small files --------------------------------------------------------------------------------------------
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write `run.json` or `summary.json`."""
+        write_atomic(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The content, or None where the file is not there yet."""
+        path = self.path / name
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is damaged and cannot be read: {error}") from None
+        return content
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far. A last line torn by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        epochs = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                epochs.append(json.loads(line))
+            except ValueError:
+                break
+        return epochs
+
+    def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
+        """Write all epochs so far."""
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs).encode())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Keep the state after `step` optimiser steps, then drop the oldest checkpoints."""
+        buffer = io.BytesIO()
+        torch.save({"recipe": self._recipe_digest(), **state}, buffer)
+        content = buffer.getvalue()
+        name = f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+        write_atomic(self.path / "checkpoints" / name, content)
+        for old in self._checkpoints()[KEEP:]:
+            old.unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest good state, or None for a run that was stopped before its first.
+
+        A damaged checkpoint is named in the log and passed over; if there is none but damaged ones, `RunError`.
+        """
+        found = self._checkpoints()
+        for path in found:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                log.warning("checkpoint %s cannot be read (%s); trying the one before it", path, error.strerror)
+                continue
+            if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+                log.warning("checkpoint %s is damaged (its checksum differs); trying the one before it", path)
+                continue
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if state.pop("recipe") != self._recipe_digest():
+                raise RunError(f"checkpoint {path} belongs to another recipe than {self.path / 'recipe.toml'}")
+            return state
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise RunError(f"every checkpoint in {found[0].parent} is damaged ({names}); the run can't be resumed")
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        pattern = re.compile(r"step-\d+-[0-9a-f]{16}\.pt")
+        folder = self.path / "checkpoints"
+        files = folder.iterdir() if folder.is_dir() else []
+        return sorted((f for f in files if pattern.fullmatch(f.name)), key=lambda f: f.name, reverse=True)
+
+    def _recipe_digest(self) -> str:
+        return hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def save_weights(self, net: DDNN) -> str:
+        """Write `model.safetensors`, every tensor once, and return its sha256."""
+        content = save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+        write_atomic(self.path / "model.safetensors", content)
+        return hashlib.sha256(content).hexdigest()
+
+    def load_weights(self, net: DDNN, digest: str) -> None:
+        """Fill a freshly built net; `RunError` for a file that is not the one the run wrote."""
+        path = self.path / "model.safetensors"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise RunError(f"{path} is damaged or was replaced: its checksum is not the one in summary.json")
+        try:
+            weights = load_safetensors(content)
+        except SafetensorError as error:
+            raise RunError(f"{path} is no safetensors file: {error}") from None
+        ours = distinct(net)
+        if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
+            raise RunError(f"{path} holds other tensors than the network of {self.path / 'recipe.toml'}")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(weights[name])
+
+
+def distinct(net: DDNN) -> dict[str, Tensor]:
+    """The tensors of a DDNN's state by name, a shared one only under its first name in the deepest net that has it."""
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    state = net.state_dict(keep_vars=True)
+    order = [name for net_name in reversed(net.depths) for name in state if name.startswith(f"nets.{net_name}.")]
+    for name in [*order, *(name for name in state if not name.startswith("nets."))]:
+        if id(state[name]) not in seen:
+            seen.add(id(state[name]))
+            named[name] = state[name].detach()
+    return named

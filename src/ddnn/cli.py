@@ -1,0 +1,186 @@
+"""The command line: one verb, one function. Exit code 0 is success, 1 a failed run, 2 something asked wrongly."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddnn.errors import DDNNError, RunError
+from ddnn.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="One training run, several nested networks: depth-level dynamic networks (DDNN) trained with embedded "
+    "knowledge distillation (EKD).",
+)
+
+
+@app.command()
+def train(
+    recipe_and_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A shipped recipe's name or a TOML file (default: digits), then overrides such as optim.lr=0.1.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as a KEY=VALUE argument.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="RUN", help="Run folder to make (default: runs/RECIPE-DATE-TIME)."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder; takes no recipe.")
+    ] = None,
+) -> None:
+    """Train a DDNN and all its sub-nets, and end with a table of them.
+
+    Without arguments: three nested networks on the embedded digits, in about a minute.
+
+      ddnn train cifar100-resnet8-14-20 --out runs/first
+
+      ddnn train my.toml data.source=photos/ train.epochs=30
+
+      ddnn train --resume runs/first
+    """
+    arguments = list(recipe_and_overrides or [])
+    named = [argument for argument in arguments if "=" not in argument]
+    changes = [argument for argument in arguments if "=" in argument] + list(overrides or [])
+    if len(named) > 1:
+        raise typer.BadParameter(f"one recipe at a time, not {len(named)}: {', '.join(named)}")
+    if resume is not None and (named or changes or out is not None):
+        raise typer.BadParameter(
+            "--resume goes on with the recipe in the run folder; give no recipe, KEY=VALUE or --out"
+        )
+    from ddnn import recipe as recipes
+
+    name = named[0] if named else "digits"
+    chosen = None if resume else recipes.load(name, changes)  # mistakes show before the libraries are loaded
+
+    from ddnn.checkpoint import RunFolder
+    from ddnn.display import Display, make_console, subnet_table
+    from ddnn.trainer import train as train_run
+
+    console = make_console()
+    if chosen is None:
+        assert resume is not None
+        run = RunFolder.open(resume)
+    else:
+        run = RunFolder.create(out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", chosen)
+    console.print(f"run folder: {run.path}", markup=False)
+    try:
+        with Display(console) as display:
+            summary = train_run(run, display)
+    except KeyboardInterrupt:
+        make_console(stderr=True).print(f"stopped; go on with: ddnn train --resume {run.path}", markup=False)
+        raise typer.Exit(130) from None
+    cost = summary["step_cost"]
+    console.print(subnet_table(summary["subnets"], "test set, last epoch", summary["latency"]))
+    if len(summary["subnets"]) > 1:
+        console.print(
+            f"a joint step took {cost['measured']:.2f} of the time of training every net alone "
+            f"(least possible by MACs: {cost['bound']:.2f})"
+        )
+    console.print(f"run folder: {run.path}", markup=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    source: Annotated[
+        str | None, typer.Option("--data", metavar="SOURCE", help="Another data set with the same classes.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to evaluate.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Measure every sub-net of a run on a test set: top-1, top-5, parameters, MACs, latency."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: choose auto, cpu or cuda")
+    from ddnn.checkpoint import RunFolder
+    from ddnn.device import choose_device
+    from ddnn.display import make_console, subnet_table
+    from ddnn.trained import evaluate_run
+
+    measured = evaluate_run(RunFolder.open(run), source, choose_device(device))
+    if as_json:
+        print(json.dumps(measured, indent=2))
+    else:
+        images = measured["dataset"]
+        title = f"{images['source']}, {images['test_images']} test images"
+        make_console().print(subnet_table(measured["subnets"], title, measured["latency"]))
+
+
+@app.command()
+def extract(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    subnet: Annotated[str, typer.Argument(metavar="SUBNET", help="Name of the sub-net, as in the run's table.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Safetensors file to write.")],
+) -> None:
+    """Take one sub-net out as an ordinary network's weights (safetensors, the library's own names)."""
+    from ddnn.checkpoint import RunFolder
+    from ddnn.trained import extract as extract_subnet
+
+    extract_subnet(RunFolder.open(run), subnet, out)
+    print(f"{subnet} -> {out}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe's file.")] = None,
+    presets: Annotated[bool, typer.Option(help="List the networks a recipe can name instead.")] = False,
+) -> None:
+    """List the recipes that come with ddnn."""
+    from ddnn import recipe
+
+    shipped = recipe.shipped()
+    if presets:
+        from ddnn.families import FULL_NETS, PRESETS
+
+        for preset, nets in PRESETS.items():
+            table = ", ".join(f"{net} {depths}" for net, depths in nets.depths.items())
+            print(f"{preset:28} {table}")
+        print(f"\nfull-nets, for your own network.subnets: {', '.join(FULL_NETS)}")
+    elif name is None:
+        for each, text in shipped.items():
+            print(f"{each:28} {text.splitlines()[0].removeprefix('# ')}")
+    elif name in shipped:
+        print(shipped[name], end="")
+    else:
+        raise DDNNError(f"no recipe {name!r}; there are: {', '.join(shipped)}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line; an error that speaks to the user is printed without a traceback."""
+    try:
+        app()
+    except DDNNError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1 if isinstance(error, RunError) else 2) from None
+
+
+if __name__ == "__main__":
+    main()

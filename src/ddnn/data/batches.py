@@ -1,0 +1,140 @@
+"""Batches for training and evaluation, on the device, normalised."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ddnn.data import augment
+from ddnn.data.decode import UnreadableError
+from ddnn.data.sets import DataSet, Held, Images, Stored
+from ddnn.errors import DataError
+from ddnn.recipe import Recipe
+
+
+def steps_per_epoch(images: Images, batch_size: int) -> int:
+    """Whole batches in an epoch; the images left over sit this epoch out. Raises `DataError` if there is none."""
+    if len(images) < batch_size:
+        raise DataError(f"train.batch_size={batch_size} is more than the {len(images)} training images; lower it")
+    return len(images) // batch_size
+
+
+def train_batches(
+    dataset: DataSet, recipe: Recipe, *, epoch: int, start: int = 0, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches `start`, `start` + 1, ... of one epoch: a function of the recipe and the epoch, wherever it starts.
+
+    Yields images, float32 [B, 3, S, S], in the memory format of `train.channels_last`, and targets: int64 [B], or class
+    probabilities float32 [B, classes] under mixup and cutmix. A batch has fewer images where some cannot be read.
+    Raises `DataError` where there are fewer images than a batch, or too many unreadable ones.
+    """
+    images, changes, size = dataset.train, recipe.augment, dataset.image_size
+    key = (recipe.train.seed, "augment", epoch)
+    steps = steps_per_epoch(images, recipe.train.batch_size)
+    order = torch.randperm(len(images), generator=augment.stream(recipe.train.seed, "order", epoch))
+    chosen = list(order.split(recipe.train.batch_size)[start:steps])
+    if isinstance(images, Held) and augment.goes_by_batch(changes):
+        pad = augment.padding(changes, size)
+        batches = _cropped_at_once(images, chosen, start, pad, changes.flip, device, (*key, "crop"))
+    else:
+        transform = augment.for_training(changes, size)
+        batches = _one_by_one(images, chosen, transform, recipe.data.workers, device, (*key, "image"))
+    for step, (index, pixels) in enumerate(batches, start):
+        if not len(index):
+            raise DataError(f"data {dataset.name}: not one image of a training batch can be read; repair them")
+        x, target = augment.normalise(pixels, dataset.mean, dataset.std), images.labels[index].to(device)
+        if changes.erasing:
+            augment.erase(x, index, changes.erasing, *key, "erase")
+        if changes.mixup or changes.cutmix:
+            x, target = augment.mix(x, target, len(dataset.classes), changes, *key, "mix", step)
+        yield _laid_out(x, recipe.train.channels_last), target
+
+
+def eval_batches(
+    dataset: DataSet, images: Images, batch_size: int, device: torch.device, channels_last: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in order, unchanged but for the centre crop; the last batch may be smaller.
+
+    Yields images, float32 [B, 3, S, S], and labels, int64 [B]. Images that cannot be read are left out; raises
+    `DataError` where they are too many.
+    """
+    chosen = list(torch.arange(len(images)).split(batch_size))
+    batches: Iterator[tuple[Tensor, Tensor]]
+    if isinstance(images, Held):
+        batches = ((index, images.pixels[index].to(device)) for index in chosen)
+    else:
+        assert isinstance(images, Stored)
+        transform = augment.for_evaluation(dataset.image_size)
+        batches = _one_by_one(images, chosen, transform, images.workers, device, ())
+    for index, pixels in batches:
+        if len(index):
+            x = augment.normalise(pixels, dataset.mean, dataset.std)
+            yield _laid_out(x, channels_last), images.labels[index].to(device)
+
+
+def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _cropped_at_once(
+    images: Held,
+    chosen: list[Tensor],
+    start: int,
+    pad: int,
+    flip: bool,
+    device: torch.device,
+    key: tuple[int | str, ...],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for step, index in enumerate(chosen, start):
+        pixels = images.pixels[index].to(device)
+        yield index, augment.crop_and_flip(pixels, pad, flip, augment.stream(*key, step))
+
+
+class _Pictures(Dataset[tuple[int, Tensor | str]]):
+    """Number of an image to that number and its pixels, uint8 [3, S, S], or the reason why it cannot be read.
+
+    With a key, image i is changed by the stream (*key, i), whichever process reads it.
+    """
+
+    def __init__(self, images: Images, transform: v2.Transform, key: tuple[int | str, ...]) -> None:
+        self._images, self._transform, self._key = images, transform, key
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            picture = self._images.picture(index)
+        except UnreadableError as error:
+            return index, str(error)
+        with augment.global_stream(*self._key, index):
+            return index, self._transform(picture)
+
+
+def _one_by_one(
+    images: Images,
+    chosen: list[Tensor],
+    transform: v2.Transform,
+    workers: int,
+    device: torch.device,
+    key: tuple[int | str, ...],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        _Pictures(images, transform, key),
+        batch_sampler=[index.tolist() for index in chosen],
+        num_workers=min(workers, len(chosen)),
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it draws from torch's global one
+    )
+    for index, pixels, failed in loader:
+        for number, reason in failed:
+            assert isinstance(images, Stored)
+            images.skip(number, reason)
+        yield index, pixels.to(device, non_blocking=True)
+
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+    read = [(number, pixels) for number, pixels in items if isinstance(pixels, Tensor)]
+    failed = [(number, reason) for number, reason in items if isinstance(reason, str)]
+    pixels = torch.stack([pixels for _, pixels in read]) if read else torch.empty(0, dtype=torch.uint8)
+    return torch.tensor([number for number, _ in read], dtype=torch.int64), pixels, failed

@@ -1,0 +1,103 @@
+"""What a person sees: progress of a training, tables of sub-nets."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ddnn.data import DataSet
+from ddnn.network import DDNN
+
+
+class Display:
+    """Progress bars on a terminal, one line per epoch anywhere else; a context manager."""
+
+    def __init__(self, console: Console, steps_per_epoch_hint: int = 0) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, total_steps: int, done: int, dataset: DataSet, net: DDNN) -> None:
+        """Say what is trained on what."""
+        validation = f", {len(dataset.validation)} validation" if dataset.validation is not None else ""
+        self.console.print(
+            f"{dataset.name}: {len(dataset.train)} training{validation}, {len(dataset.test)} test images of "
+            f"{dataset.image_size} px, {len(dataset.classes)} classes"
+        )
+        for reason in dataset.corrupt:
+            self.console.print(f"skipped unreadable image {reason}", markup=False)
+        depths = ", ".join(f"{name} {kept}" for name, kept in net.depths.items())
+        self.console.print(f"nets: {depths}" + (f"; resumed after step {done}" if done else ""), markup=False)
+        self.total = total_steps
+        self.task = self.bars.add_task("training", total=total_steps, completed=done, figures="")
+
+    def steps(self, done: int, loss: float, top1: dict[str, float]) -> None:
+        """Move the bar."""
+        figures = f"loss {loss:.3f}  top-1 % " + "  ".join(f"{name} {100 * t:.1f}" for name, t in top1.items())
+        self.bars.update(self.task, completed=done, figures=figures)
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """One line for an epoch that ended."""
+        if "validation" in metrics:
+            what, scores = "validation", {name: s["top1"] for name, s in metrics["validation"].items()}
+        else:
+            what, scores = "training", metrics["train_top1"]
+        accuracies = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores.items())
+        self.console.print(
+            f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}  {what} top-1 %  {accuracies}  "
+            f"{metrics['seconds']['total']:.0f} s",
+            highlight=False,
+        )
+
+
+def subnet_table(subnets: Mapping[str, Mapping[str, Any]], title: str, latency: str) -> Table:
+    """The table a training ends with: one row per net, the full-net last."""
+    table = Table(title=title, caption=f"latency: {latency}", title_justify="left", caption_justify="left")
+    table.add_column("sub-net")
+    table.add_column("depths")
+    for heading in ("parameters", "MACs", "top-1 %", "top-5 %", "latency ms"):
+        table.add_column(heading, justify="right")
+    for i, (name, row) in enumerate(subnets.items()):
+        full = " (full-net)" if i == len(subnets) - 1 else ""
+        table.add_row(
+            name + full,
+            "-".join(map(str, row["depths"])),
+            _short(row["params"]),
+            _short(row["macs"]),
+            f"{100 * row['top1']:.2f}",
+            f"{100 * row['top5']:.2f}",
+            f"{row['latency_ms']:.2f}",
+        )
+    return table
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console that does not break lines of output that goes to a file."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160)
+
+
+def _short(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

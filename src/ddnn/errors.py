@@ -1,0 +1,25 @@
+"""Every mistake a user can make ends in one of these: one sentence that says what, where, and what is allowed.
+
+They are ``ValueError``; the command line prints their text and exits, without a traceback. A broken
+invariant of our own is an ``assert``, never one of these.
+"""
+
+
+class DDNNError(ValueError):
+    """Base of every error that speaks to the user."""
+
+
+class RecipeError(DDNNError):
+    """A recipe or an override cannot be used."""
+
+
+class DataError(DDNNError):
+    """A data set cannot be found, read or split."""
+
+
+class NestingError(DDNNError):
+    """The networks asked for do not nest in the full-net."""
+
+
+class RunError(DDNNError):
+    """A run folder or a checkpoint cannot be used, or a training had to stop."""

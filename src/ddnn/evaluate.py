@@ -1,0 +1,129 @@
+"""Measure networks: accuracy, parameters, multiply-accumulates (MACs), latency."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddnn.network import DDNN
+
+
+class Accuracy(TypedDict):
+    """Shares of images whose class is the most likely one, or among the five most likely ones; in [0, 1]."""
+
+    top1: float
+    top5: float
+
+
+class Measures(Accuracy):
+    """One row of the table of sub-nets."""
+
+    depths: list[int]
+    params: int
+    macs: int
+    latency_ms: float
+
+
+def evaluate(
+    net: DDNN, batches: Iterable[tuple[Tensor, Tensor]], image_size: int, device: torch.device
+) -> dict[str, Measures]:
+    """Everything there is to say of every net, by name. Latency is that of the extracted sub-nets, batch 1."""
+    scores = accuracy(net, batches)
+    plain = {name: copy.deepcopy(sub).eval() for name, sub in net.nets.items()}
+    latencies = latency_ms(plain, image_size, device)
+    return {
+        name: {
+            "depths": list(net.depths[name]),
+            "top1": scores[name]["top1"],
+            "top5": scores[name]["top5"],
+            "params": parameters(sub),
+            "macs": macs(sub, image_size),
+            "latency_ms": latencies[name],
+        }
+        for name, sub in plain.items()
+    }
+
+
+@torch.no_grad()
+def accuracy(net: DDNN, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Accuracy]:
+    """Accuracy of every net over batches of images [N, 3, H, W] and classes [N], each image counted once."""
+    training = net.training
+    net.eval()
+    counts = {name: torch.zeros(2, dtype=torch.int64) for name in net.depths}
+    images = 0
+    for x, target in batches:
+        for name, output in net(x).items():
+            counts[name] += hits(output.logits, target).cpu()
+        images += len(x)
+    net.train(training)
+    assert images, "no images to evaluate on"
+    return {name: {"top1": int(count[0]) / images, "top5": int(count[1]) / images} for name, count in counts.items()}
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """How many of N images are right, as [top-1, top-5]. With fewer than five classes top-5 counts what there is."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+    return torch.stack([best[:, 0].sum(), best.sum()])
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of parameters, each counted once however often it is shared."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def macs(net: nn.Module, image_size: int) -> int:
+    """Multiply-accumulates of one image of 3 x `image_size` x `image_size` through convolutions and matrix products.
+
+    Of a DDNN: those of the whole tree, common beginnings counted once.
+    """
+    ghost = copy.deepcopy(net).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ghost(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+def latency_ms(nets: Mapping[str, nn.Module], image_size: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of one image through each net, eager float32, with torch's current number of threads."""
+    x = torch.zeros(1, 3, image_size, image_size, device=device)
+
+    def call(net: nn.Module) -> Callable[[], object]:
+        return lambda: net(x)
+
+    with torch.inference_mode():
+        seconds = side_by_side({name: call(net) for name, net in nets.items()}, device, budget_s=2.0)
+    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+
+
+def side_by_side(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each call, measured in turns so that a change of the machine's speed meets them all.
+
+    At least three rounds, then until `budget_s` seconds are spent or there are 50.
+    """
+
+    def timed(call: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for call in calls.values():
+        for _ in range(warmup):
+            timed(call)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + budget_s
+    for rounds in range(50):
+        if rounds >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            seconds[name].append(timed(call))
+    return seconds

@@ -1,0 +1,177 @@
+"""Embedded knowledge distillation (EKD): the full-net teaches its sub-nets inside every training iteration.
+
+For a batch, z_k the logits of net k, K the full-net, F_ks its feature at the end of stage s, T a temperature:
+
+    L = CE(z_K, y)
+      + sum over sub-nets k of w_k * [ CE(z_k, y)
+          + lambda_kl * T^2 * KL( softmax(sg z_K / T) || softmax(z_k / T) )
+          + lambda_at * mean over stages s of || a(F_ks) - sg a(F_Ks) ||^2 ]
+
+`sg` stops the gradient. The terms are those of arXiv 2103.00793 (KL on class posteriors, attention distillation on
+features of the same resolution); formulas and weights are this project's. With a single net, L is cross-entropy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddnn.errors import DDNNError
+from ddnn.network import Output
+
+AttentionMap = Literal["power", "softmax"]
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the batch. `target` holds class indices [N] or class probabilities [N, classes]."""
+    return F.cross_entropy(logits.to(_precision(logits)), target, label_smoothing=label_smoothing)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) of logits [N, classes].
+
+    Summed over classes, mean over the batch; T^2 keeps the size of its gradient independent of T (Hinton et al. 2015,
+    arXiv 1503.02531). No gradient flows to the teacher.
+    """
+    log_p = F.log_softmax(teacher.detach().to(_precision(teacher)) / temperature, dim=1)
+    log_q = F.log_softmax(student.to(_precision(student)) / temperature, dim=1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def power_map(feature: Tensor) -> Tensor:
+    """Attention map a(F) of a feature [N, C, H, W]: sum over channels of squares, scaled to unit length per image.
+
+    Returns [N, H*W] in float32 or better (Zagoruyko and Komodakis 2017, arXiv 1612.03928).
+    """
+    return F.normalize(_energy(feature), dim=1)
+
+
+def softmax_map(feature: Tensor) -> Tensor:
+    """Attention map with a spatial softmax instead of unit length (Hou et al. 2019, arXiv 1908.00821): [N, H*W]."""
+    return F.softmax(_energy(feature), dim=1)
+
+
+class _Energy(torch.autograd.Function):
+    """Sum over channels of squares, [N, C, H, W] -> [N, H*W], without ever holding the squares.
+
+    Written out it is `feature.square().sum(dim=1).flatten(1)`, and the tests hold it to that. Those squares and their
+    gradient are larger than anything else the objective touches; this reads the feature once in each direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tensor:
+        ctx.save_for_backward(feature)
+        return torch.linalg.vector_norm(feature, dim=1, dtype=_precision(feature)).square().flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+        (feature,) = ctx.saved_tensors
+        n, _, h, w = feature.shape
+        return feature * (2 * gradient[0]).to(feature.dtype).view(n, 1, h, w)
+
+
+def _energy(feature: Tensor) -> Tensor:
+    energy: Tensor = _Energy.apply(feature)
+    return energy
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """float32 for what is less precise: distances of posteriors and maps are small differences."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+ATTENTION_MAPS: dict[AttentionMap, Callable[[Tensor], Tensor]] = {"power": power_map, "softmax": softmax_map}
+
+
+def attention_distance(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_map: AttentionMap = "power"
+) -> Tensor:
+    """Mean over stages and images of the squared distance between attention maps.
+
+    `student` and `teacher` hold one feature [N, C_s, H_s, W_s] per stage; channels may differ, the resolution of a
+    stage may not. No gradient flows to the teacher. With `power`, two orthogonal maps are exactly 2 apart.
+    """
+    return _map_distance(student, _maps(teacher, attention_map), attention_map)
+
+
+def _maps(features: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
+    """The teacher's maps, without gradient."""
+    return [ATTENTION_MAPS[attention_map](feature.detach()) for feature in features]
+
+
+def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention_map: AttentionMap) -> Tensor:
+    distances = []
+    for feature, theirs in zip(student, teacher_maps, strict=True):
+        ours = ATTENTION_MAPS[attention_map](feature)
+        if ours.shape != theirs.shape:
+            raise DDNNError(
+                f"attention needs features of the same resolution: {ours.shape[1]} positions in the student, "
+                f"{theirs.shape[1]} in the teacher"
+            )
+        distances.append((ours - theirs).square().sum(dim=1).mean())
+    return torch.stack(distances).mean()
+
+
+class EKD:
+    """The objective as a callable: `terms = EKD()(net(x), target)`, then `sum(terms.values()).backward()`.
+
+    Arguments are the weights of the formula above: `kl` is lambda_kl, `attention` lambda_at, `subnet_weight` w_k as one
+    number for all sub-nets or one by name. A term whose weight is 0 is not computed and does not appear.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        kl: float = 1.0,
+        attention: float = 1.0,
+        *,
+        attention_map: AttentionMap = "power",
+        subnet_weight: float | Mapping[str, float] = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not temperature > 0:
+            raise DDNNError(f"temperature={temperature} must be above 0")
+        weights = subnet_weight.values() if isinstance(subnet_weight, Mapping) else [subnet_weight]
+        if min(kl, attention, *weights, label_smoothing) < 0:
+            raise DDNNError("kl, attention, subnet_weight and label_smoothing must not be negative")
+        if attention_map not in ATTENTION_MAPS:
+            raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
+        self.temperature = temperature
+        self.kl = kl
+        self.attention = attention
+        self.attention_map: AttentionMap = attention_map
+        self.subnet_weight = subnet_weight
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs: Mapping[str, Output], target: Tensor) -> dict[str, Tensor]:
+        """The weighted terms by name: `full/ce`, `resnet18/ce`, `resnet18/kl`, `resnet18/attention` ...
+
+        `outputs` is what a DDNN returns, the full-net last; `target` holds class indices [N] or probabilities
+        [N, classes]. Every term is a float32 scalar, under autocast too. Their sum is the objective.
+        """
+        *subnets, full = outputs
+        teacher = outputs[full]
+        with torch.autocast(teacher.logits.device.type, enabled=False):
+            teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and subnets else []
+            terms = {f"{full}/ce": cross_entropy(teacher.logits, target, self.label_smoothing)}
+            for name in subnets:
+                student, weight = outputs[name], self._weight(name)
+                if weight == 0:
+                    continue
+                terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
+                if self.kl:
+                    distance = kl_divergence(student.logits, teacher.logits, self.temperature)
+                    terms[f"{name}/kl"] = weight * self.kl * distance
+                if self.attention:
+                    distance = _map_distance(student.features, teacher_maps, self.attention_map)
+                    terms[f"{name}/attention"] = weight * self.attention * distance
+        return terms
+
+    def _weight(self, name: str) -> float:
+        if not isinstance(self.subnet_weight, Mapping):
+            return self.subnet_weight
+        if name not in self.subnet_weight:
+            raise DDNNError(f"subnet_weight names {', '.join(self.subnet_weight)}, but not the sub-net {name}")
+        return self.subnet_weight[name]

@@ -1,0 +1,301 @@
+"""A recipe says what a run is: typed, frozen, strict about unknown keys. TOML file + ``key=value`` overrides.
+
+A run depends on nothing but its recipe, its data and the versions installed. Every field has a default, so a
+recipe file holds what makes it different; the run folder keeps the resolved recipe, with every field written out.
+"""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddnn.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Depths = tuple[Count, ...]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Where the images come from and how they are split."""
+
+    source: str = "digits"
+    """`digits` (embedded), `cifar10`, `cifar100`, a folder (class folders, or parquet files), or a Hugging Face hub
+    id. A name found as a folder in `$DDNN_DATA` is taken from there."""
+    image_column: str | None = None
+    """Column with the images of a parquet or hub data set; found by type if not named."""
+    label_column: str | None = None
+    """Column with the class labels; found by type if not named."""
+    image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
+    """Side in pixels of the square images given to the network; if not given, it follows from the data."""
+    validation: Fraction = 0.1
+    """Share of the training images set aside to judge hyper-parameters; 0 trains on all of them."""
+    test: Fraction = 0.2
+    """Share of the images kept for the test, only where the data set has no test split of its own."""
+    limit: Count | None = None
+    """Use no more than this many training images (and as many test images): for trying things out."""
+    corrupt_limit: Annotated[int, Field(ge=0)] = 10
+    """How many unreadable images are skipped, each reported by path, before they are an error."""
+    memory_mb: Annotated[int, Field(ge=0)] = 2048
+    """Sets whose decoded images fit in this many MiB are held in memory; larger ones are decoded by workers."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    """Processes that decode images of a set that is not held in memory."""
+
+
+class Augment(Section):
+    """Changes made to training images."""
+
+    crop: Literal["pad", "resized", "none"] = "pad"
+    """`pad`: a random square of the padded image; `resized`: a random area and shape, resized (ImageNet's)."""
+    padding: Annotated[int, Field(ge=0)] | None = None
+    """Pixels of zero padding for `pad`; an eighth of the image size if not given."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    policy: Literal["none", "trivialaugment", "randaugment", "autoaugment"] = "none"
+    """A stronger augmentation of torchvision, image by image."""
+    erasing: Fraction = 0.0
+    """Probability of blanking a random rectangle."""
+    mixup: NonNegative = 0.0
+    """Beta parameter of mixup; 0 is off. With cutmix on too, each batch takes one of the two."""
+    cutmix: NonNegative = 0.0
+    """Beta parameter of cutmix; 0 is off."""
+
+
+class Network(Section):
+    """The full-net and the sub-nets nested in it."""
+
+    name: str = "cifar-resnet8-14-20"
+    """A preset (`ddnn recipes --presets` lists them) or a full-net such as `cifar/resnet20`, `torchvision/resnet34`."""
+    subnets: dict[str, Depths] | None = None
+    """Blocks kept per stage, by name of the sub-net; replaces the preset's table."""
+    width: Count = 16
+    """Channels of the first stage; CIFAR ResNets only."""
+    norm: Literal["private", "shared", "recalibrated"] = "private"
+    """Normalisation layers after two paths have diverged: one per path, one for all, or one for all with the
+    running statistics recomputed per sub-net after training."""
+    head: Literal["shared", "private"] = "shared"
+    """Classifier: one for all nets, or one per net."""
+    weights: Path | None = None
+    """Safetensors or `weights_only` PyTorch file with the full-net's weights to start from."""
+
+
+class Objective(Section):
+    """Embedded knowledge distillation (EKD): what the sub-nets learn from labels and from the full-net."""
+
+    temperature: Positive = 3.0
+    """T: softens both posteriors in the KL term."""
+    kl: NonNegative = 1.0
+    """lambda_kl: weight of the KL divergence from the full-net's class posteriors; 0 leaves the term out."""
+    attention: NonNegative = 1.0
+    """lambda_at: weight of the attention distance at features of the same resolution; 0 leaves the term out."""
+    attention_map: Literal["power", "softmax"] = "power"
+    """`power`: sum over channels of squares, unit length; `softmax`: its spatial softmax (Hou et al. 2019)."""
+    subnet_weight: NonNegative | dict[str, NonNegative] = 1.0
+    """w_k: weight of all terms of a sub-net, one number for all or one by name; the full-net's weight is 1."""
+    label_smoothing: Fraction = 0.0
+    """Share of the label's probability that is spread over all classes."""
+
+
+class Optim(Section):
+    """The optimiser."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.2
+    """Peak learning rate."""
+    momentum: Fraction = 0.9
+    """SGD only."""
+    nesterov: bool = True
+    """SGD only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW only."""
+    weight_decay: NonNegative = 5e-4
+    """Never applied to normalisation layers and biases."""
+    clip_norm: Positive | None = None
+    """Longest gradient let through, as a norm over all parameters."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0; set nesterov=false or momentum=0.9")
+        return self
+
+
+class Schedule(Section):
+    """The learning rate over the run."""
+
+    name: Literal["cosine", "onecycle", "multistep", "constant"] = "onecycle"
+    warmup_epochs: NonNegative = 0.0
+    """Linear warm-up before `cosine`, `multistep` and `constant`; one-cycle has its own (`rise`)."""
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """One-cycle only: share of the run in which the rate rises."""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Multi-step only: shares of the run after which the rate is multiplied by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class Train(Section):
+    """The loop."""
+
+    epochs: Count = 12
+    batch_size: Count = 128
+    """Images per optimiser step."""
+    accumulate: Count = 1
+    """Parts a batch is cut into, one after the other, to save memory; batch norms see one part at a time."""
+    eval_batch_size: Count = 500
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
+    """`bf16`: autocast of matrix products and convolutions; losses stay in float32."""
+    channels_last: bool = True
+    compile: bool = False
+    """`torch.compile` of the training forward."""
+    ema: Fraction = 0.0
+    """Decay per step of a moving average of the weights, which is then what is evaluated and kept; 0 is off."""
+    deterministic: bool = True
+    """Repeat bitwise on one machine, on a GPU too, where this costs some speed."""
+    checkpoint_minutes: NonNegative = 5.0
+    """A checkpoint is written after every epoch, and within an epoch when this much time has passed."""
+
+    @model_validator(mode="after")
+    def _parts_are_even(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+        return self
+
+
+class Recipe(Section):
+    """Everything a run depends on, besides its data and the versions installed."""
+
+    data: Data = Data()
+    augment: Augment = Augment()
+    network: Network = Network()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be below train.epochs={self.train.epochs}"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """The whole recipe as TOML, every field written out (a field that is off, None, is left out)."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with ddnn: name -> text of the file."""
+    folder = resources.files("ddnn") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".toml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe by shipped name or from a TOML file and apply overrides such as ``optim.lr=0.1``.
+
+    An override's value is read as TOML (``0.1``, ``true``, ``[1, 1, 1]``) and as plain text where it is not TOML.
+    Raises `RecipeError` that lists every mistake with its place and what is allowed there.
+    """
+    text, place = _read(recipe)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{place} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, place)
+
+
+def parse(tree: dict[str, Any], place: str = "recipe") -> Recipe:
+    """Make a recipe from nested dictionaries; `place` is where an error says it is."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(e), tree) for e in error.errors()]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError("\n  ".join([f"{place}: {count}", *lines])) from None
+
+
+def _read(recipe: str | Path) -> tuple[str, str]:
+    ours = shipped()
+    if str(recipe) in ours:
+        return ours[str(recipe)], f"recipe {recipe}"
+    path = Path(recipe)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        what = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
+        names = ", ".join(ours)
+        raise RecipeError(f"no recipe {recipe}: {what}; give a TOML file or one of: {names}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Write one ``a.b=value`` into the nested dictionaries."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r} is not of the form section.key=value, such as optim.lr=0.1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if isinstance(value, str) and value.lower() == "none":
+        value = None
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {override!r}: {key} holds a value, not a section")
+    node[keys[-1]] = value
+
+
+def _explain(error: dict[str, Any], tree: dict[str, Any]) -> str:
+    """One line for one mistake: dotted place, what is wrong, what is allowed."""
+    # pydantic puts the branch of a union into the place too ("float", "dict[str,...]"); it means nothing to a user.
+    loc: list[str] = []
+    for part in error["loc"]:
+        if isinstance(part, int) or _holds(tree, [*loc, part]) or error["type"] == "missing":
+            loc.append(str(part))
+    place = ".".join(loc) or "recipe"
+    if error["type"] == "extra_forbidden":
+        allowed = _keys_beside(loc)
+        close = difflib.get_close_matches(loc[-1], allowed, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{place}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if isinstance(error["input"], (dict, BaseModel)) else f" (given: {error['input']!r})"
+    return f"{place}: {message}{given}"
+
+
+def _holds(tree: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _keys_beside(loc: list[str]) -> list[str]:
+    """The keys allowed where the last one of `loc` stands."""
+    section: Any = Recipe
+    for key in loc[:-1]:
+        annotation = section.model_fields[key].annotation
+        section = next(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section))
+    return list(section.model_fields)

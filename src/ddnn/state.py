@@ -1,0 +1,151 @@
+"""All that changes while a run goes on, and so all that a checkpoint has to hold."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ddnn.errors import RunError
+from ddnn.evaluate import hits
+from ddnn.network import DDNN
+from ddnn.objective import EKD
+from ddnn.optimizer import make_optimizer, make_scheduler
+from ddnn.recipe import Recipe
+
+
+@dataclass
+class Sums:
+    """Running sums of an epoch; looked at now and then, because a look makes a GPU wait."""
+
+    images: int = 0
+    steps: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
+    top1: dict[str, int] = field(default_factory=dict)
+    unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor], int]] = field(default_factory=list)
+
+    def add(self, step: int, terms: dict[str, Tensor], logits: dict[str, Tensor], target: Tensor) -> None:
+        """Take in one step; `target` [N] or, mixed, [N, classes], of which the likelier class counts."""
+        classes = target if target.ndim == 1 else target.argmax(dim=1)
+        right = {name: hits(z, classes)[0] for name, z in logits.items()}
+        self.unseen.append((step, terms, right, len(target)))
+
+    def look(self) -> None:
+        """Add what came in since the last look; `RunError` names the first term that was not finite."""
+        for step, terms, right, images in self.unseen:
+            for name, term in terms.items():
+                value = term.item()
+                if value - value != 0:  # neither infinite nor NaN
+                    raise RunError(
+                        f"the loss is no longer finite: term {name} is {value} at step {step}; the last good "
+                        "checkpoint is kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
+                    )
+                self.terms[name] = self.terms.get(name, 0.0) + value
+            for name, count in right.items():
+                self.top1[name] = self.top1.get(name, 0) + int(count)
+            self.images += images
+            self.steps += 1
+        self.unseen = []
+
+    def so_far(self) -> tuple[float, dict[str, float]]:
+        """Mean loss and training accuracy."""
+        means = self.means()
+        return means["loss"], means["train_top1"]
+
+    def means(self) -> dict[str, Any]:
+        """Means over the steps seen."""
+        terms = {name: value / self.steps for name, value in self.terms.items()}
+        top1 = {name: count / self.images for name, count in self.top1.items()}
+        return {"loss": sum(terms.values()), "terms": terms, "train_top1": top1}
+
+    def dump(self) -> dict[str, Any]:
+        """For a checkpoint; nothing may be unseen."""
+        assert not self.unseen
+        return {"images": self.images, "steps": self.steps, "terms": self.terms, "top1": self.top1}
+
+
+@dataclass
+class State:
+    """All that changes while a run goes on."""
+
+    recipe: Recipe
+    net: DDNN
+    forward: Callable[[Tensor], Any]
+    """`net`, or its compiled twin with the same parameters."""
+    objective: EKD
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    ema: AveragedModel | None
+    steps_per_epoch: int
+    device: torch.device
+    step: int = 0
+    """Optimiser steps done."""
+    sums: Sums = field(default_factory=Sums)
+    """Of the epoch that is going on."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device) -> "State":
+        """The state before the first step."""
+        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        net.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        optimizer = make_optimizer(net, recipe.optim)
+        average = get_ema_multi_avg_fn(recipe.train.ema)
+        return cls(
+            recipe=recipe,
+            net=net,
+            forward=torch.compile(net) if recipe.train.compile else net,
+            objective=EKD(**recipe.objective.model_dump()),
+            optimizer=optimizer,
+            scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
+            ema=AveragedModel(net, multi_avg_fn=average, use_buffers=True) if recipe.train.ema else None,
+            steps_per_epoch=steps_per_epoch,
+            device=device,
+        )
+
+    @property
+    def kept_net(self) -> DDNN:
+        """What is evaluated and kept: the moving average where there is one."""
+        net = self.net if self.ema is None else self.ema.module
+        assert isinstance(net, DDNN)
+        return net
+
+    def dump(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        self.sums.look()  # a checkpoint never holds weights after a loss that was not finite
+        return {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "sums": self.sums.dump(),
+            "seconds": self.seconds,
+        }
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.step = kept["step"]
+        self.net.load_state_dict(kept["net"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.scheduler.load_state_dict(kept["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(kept["ema"])
+        self.sums = Sums(**kept["sums"])
+        self.seconds = kept["seconds"]
+
+    @contextlib.contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Add the time spent inside to the seconds of `what`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds since they were last taken."""
+        taken, self.seconds = self.seconds, {}
+        return {what: round(spent, 3) for what, spent in taken.items()}

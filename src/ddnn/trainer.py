@@ -1,0 +1,198 @@
+"""The training loop: one forward of the tree, the sum of the objective's terms, one backward.
+
+A run is a function of its recipe, data and versions. Whatever is random is drawn from a stream named by the seed and
+the step, so nothing but the step count, weights, optimiser and averages has to be kept to go on bitwise.
+"""
+
+import contextlib
+import itertools
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from ddnn import data
+from ddnn.build import build
+from ddnn.checkpoint import RunFolder
+from ddnn.cost import step_cost
+from ddnn.data import DataSet, stream_key
+from ddnn.device import choose_device, make_deterministic, threads
+from ddnn.evaluate import accuracy, evaluate
+from ddnn.network import DDNN, recalibrate
+from ddnn.recipe import Recipe
+from ddnn.state import State, Sums
+
+LOOK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
+RECALIBRATION_BATCHES = 200
+
+
+class Progress(Protocol):
+    """Who watches a training."""
+
+    def start(self, total_steps: int, done: int, dataset: DataSet, net: DDNN) -> None:
+        """The training begins, or goes on after `done` steps."""
+
+    def steps(self, done: int, loss: float, top1: dict[str, float]) -> None:
+        """Where it stands: optimiser steps done, mean loss and accuracy on this epoch's training images so far."""
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """An epoch ended."""
+
+
+def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Train a run from its last checkpoint, or from the start, to its end; return the content of `summary.json`.
+
+    Raises `RunError` when a loss is no longer finite; the last good checkpoint stays.
+    """
+    if summary := run.read_json("summary.json"):
+        return summary
+    recipe = run.recipe
+    device = choose_device(recipe.train.device)
+    make_deterministic(recipe.train.deterministic)
+    dataset = data.load(recipe.data, seed=0)  # the split is the same for all training seeds
+    steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
+    torch.manual_seed(stream_key(recipe.train.seed, "weights"))
+    state = State.fresh(recipe, build(recipe.network, len(dataset.classes)), steps, device)
+    if kept := run.load_checkpoint():
+        state.load(kept)
+    run.write_json("run.json", describe(recipe, dataset, device))
+    epochs = [epoch for epoch in run.metrics() if epoch["epoch"] <= state.step // steps]
+
+    progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
+    with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step)) as events:
+        while state.step < recipe.train.epochs * steps:
+            with state.clock("total"):
+                train_epoch(state, dataset, run, progress)
+                metrics: dict[str, Any] = {"epoch": state.step // steps, "step": state.step, **state.sums.means()}
+                if dataset.validation is not None:
+                    with state.clock("evaluate"):
+                        batches = eval_batches(recipe, dataset, dataset.validation, device)
+                        metrics["validation"] = accuracy(state.kept_net, batches)
+            metrics["seconds"] = state.take_seconds()
+            epochs.append(metrics)
+            run.write_metrics(epochs)
+            _write_events(events, metrics)
+            state.sums = Sums()
+            run.save_checkpoint(state.step, state.dump())
+            progress.epoch(metrics)
+    return finish(run, state, dataset, epochs)
+
+
+def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progress) -> None:
+    """Go on to the end of the epoch that `state` is in."""
+    recipe, device, steps = state.recipe, state.device, state.steps_per_epoch
+    epoch, start = divmod(state.step, steps)
+    batches = data.train_batches(dataset, recipe, epoch=epoch, start=start, device=device)
+    saved = time.monotonic()
+    for x, target in _timed(batches, state):
+        with state.clock("step"):
+            terms, logits = train_step(state, x, target)
+            state.sums.add(state.step, terms, logits, target)
+        if state.step % LOOK_EVERY == 0 or state.step % steps == 0:
+            state.sums.look()
+            progress.steps(state.step, *state.sums.so_far())
+            if time.monotonic() - saved > 60 * recipe.train.checkpoint_minutes and state.step % steps:
+                run.save_checkpoint(state.step, state.dump())
+                saved = time.monotonic()
+
+
+def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One optimiser step on images [N, 3, H, W] and target; the mean of every term and every net's logits."""
+    train = state.recipe.train
+    torch.manual_seed(stream_key(train.seed, "step", state.step))  # for dropout and the like
+    parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    for images, classes in zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True):
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            outputs = state.forward(images)
+        terms = {name: term * (len(images) / len(x)) for name, term in state.objective(outputs, classes).items()}
+        torch.stack(list(terms.values())).sum().backward()
+        parts.append(({k: v.detach() for k, v in terms.items()}, {k: o.logits.detach() for k, o in outputs.items()}))
+    if state.recipe.optim.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(state.net.parameters(), state.recipe.optim.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.scheduler.step()
+    if state.ema is not None:
+        state.ema.update_parameters(state.net)
+    state.step += 1
+    return (
+        {name: torch.stack([terms[name] for terms, _ in parts]).sum() for name in parts[0][0]},
+        {name: torch.cat([logits[name] for _, logits in parts]) for name in parts[0][1]},
+    )
+
+
+def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Recalibrate where the recipe says so, keep the weights, and touch the test set for the first and last time."""
+    recipe, device, net = state.recipe, state.device, state.kept_net
+    if recipe.network.norm == "recalibrated":
+        batches = data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device)
+        recalibrate(net, (x for x, _ in itertools.islice(batches, RECALIBRATION_BATCHES)))
+    digest = run.save_weights(net)
+    x, target = next(data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device))
+    bf16 = recipe.train.precision == "bf16"
+    summary: dict[str, Any] = {
+        "subnets": evaluate(net, eval_batches(recipe, dataset, dataset.test, device), dataset.image_size, device),
+        "dataset": {"source": dataset.name, "test_images": len(dataset.test), "train_images": len(dataset.train)},
+        "epochs": recipe.train.epochs,
+        "seed": recipe.train.seed,
+        "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
+        "step_cost": step_cost(net, state.objective, x, target, bf16=bf16),
+        "latency": f"batch 1, eager float32, {threads(device)}",
+        "weights_sha256": digest,
+    }
+    if epochs and "validation" in epochs[-1]:
+        summary["validation"] = epochs[-1]["validation"]
+    run.write_json("summary.json", summary)
+    return summary
+
+
+def eval_batches(
+    recipe: Recipe, dataset: DataSet, images: data.Images, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches to evaluate on, laid out in memory as in training."""
+    return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last)
+
+
+def describe(recipe: Recipe, dataset: DataSet, device: torch.device) -> dict[str, Any]:
+    """What `run.json` says: all that the recipe does not."""
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}},
+        "machine": {"platform": platform.platform(), "device": threads(device), "cpus": os.cpu_count()},
+        "seed": recipe.train.seed,
+        "data": {
+            "source": dataset.name,
+            "classes": list(dataset.classes),
+            "image_size": dataset.image_size,
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "corrupt": list(dataset.corrupt),
+        },
+    }
+
+
+def _timed(batches: Iterator[tuple[Tensor, Tensor]], state: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, with the time it takes to get them clocked as `data`."""
+    while True:
+        with state.clock("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _write_events(events: SummaryWriter, metrics: dict[str, Any]) -> None:
+    step = metrics["step"]
+    events.add_scalar("loss", metrics["loss"], step)
+    for name, value in metrics["terms"].items():
+        events.add_scalar(f"terms/{name}", value, step)
+    for name, value in metrics["train_top1"].items():
+        events.add_scalar(f"train_top1/{name}", value, step)
+    for name, scores in metrics.get("validation", {}).items():
+        events.add_scalar(f"validation_top1/{name}", scores["top1"], step)
+    events.flush()

@@ -1,0 +1,64 @@
+"""What several test files need."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddnn import recipe, trainer
+from ddnn.checkpoint import RunFolder
+
+TINY = (
+    "data.limit=160",
+    "network.width=4",
+    "train.epochs=2",
+    "train.batch_size=32",
+    "train.checkpoint_minutes=0",
+)
+
+
+class Quiet:
+    """Watches a training in silence; calls `at` with the steps done, to disturb it."""
+
+    def __init__(self, at: Callable[[int], None] = lambda done: None) -> None:
+        self.at = at
+
+    def start(self, *_: object) -> None:
+        pass
+
+    def steps(self, done: int, *_: object) -> None:
+        self.at(done)
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., RunFolder]:
+    """Make the run folder of a training of a second: `tiny("name", "optim.lr=0.1", ...)`."""
+
+    def make(name: str, *overrides: str) -> RunFolder:
+        return RunFolder.create(tmp_path / name, recipe.load("digits", [*TINY, *overrides]))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_long_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency and step cost are measured for real, but not for seconds."""
+    step_cost, latency_ms = trainer.step_cost, trainer.evaluate.__globals__["latency_ms"]
+    monkeypatch.setattr(trainer, "step_cost", lambda *a, **k: step_cost(*a, **{**k, "budget_s": 0.0}))
+    side_by_side = latency_ms.__globals__["side_by_side"]
+    quick = lambda calls, device, budget_s, warmup=3: side_by_side(calls, device, 0.0, 1)  # noqa: E731
+    monkeypatch.setitem(latency_ms.__globals__, "side_by_side", quick)
+
+
+@pytest.fixture
+def cifar100_folder() -> Path:
+    """The folder of the real data set, or a visible skip."""
+    folder = Path(os.environ.get("DDNN_DATA", "")) / "cifar100"
+    if "DDNN_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("set DDNN_DATA to a folder that holds cifar100/ (parquet files)")
+    return folder
