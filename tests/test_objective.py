@@ -149,6 +149,26 @@ def test_terms_of_weight_zero_are_left_out() -> None:
     ]
 
 
+def test_a_separate_teacher_teaches_every_net() -> None:
+    outputs, target = small()(randn(4, 3, 16, 16)), torch.tensor([0, 1, 2, 3])
+    torch.manual_seed(7)
+    teacher = small()(randn(4, 3, 16, 16))["resnet20"]
+    terms = EKD(temperature=2.0, kl=0.5, attention=3.0)(outputs, target, teacher)
+    expected = {}
+    for name, student in outputs.items():
+        expected[f"{name}/ce"] = F.cross_entropy(student.logits, target)
+        expected[f"{name}/kl"] = 0.5 * kl_divergence(student.logits, teacher.logits, 2.0)
+        expected[f"{name}/attention"] = 3.0 * attention_distance(student.features, teacher.features)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+
+
+def test_sub_nets_may_learn_by_distillation_alone() -> None:
+    outputs, target = small()(randn(2, 3, 16, 16)), torch.tensor([0, 1])
+    assert list(EKD(attention=0, labels="full-net")(outputs, target)) == ["resnet20/ce", "resnet8/kl", "resnet14/kl"]
+
+
 def test_terms_are_float32_under_autocast() -> None:
     net, x = small(), randn(4, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,7 +19,11 @@ def build(network: recipe.Network, num_classes: int) -> DDNN:
     if network.weights is not None:
         load_weights(full_net, network.weights)
     subnets = table if network.subnets is None else network.subnets
-    return nest(full_net, subnets, full_name=network.name.rpartition("/")[2], norm=network.norm, head=network.head)
+    name = network.name.rpartition("/")[2]
+    net = nest(full_net, subnets, full_name=name, norm=network.norm, head=network.head)
+    if network.alone is None:
+        return net
+    return nest(net.subnet(network.alone), {}, full_name=network.alone, norm=network.norm, head=network.head)
 
 
 def load_weights(net: nn.Module, path: Path) -> None:

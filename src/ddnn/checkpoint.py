@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,10 @@ class RunFolder:
             if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
                 log.warning("checkpoint %s is damaged (its checksum differs); trying the one before it", path)
                 continue
-            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            try:
+                state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise RunError(f"{path} holds more than a checkpoint does and is not loaded") from None
             if state.pop("recipe") != self._recipe_digest():
                 raise RunError(f"checkpoint {path} belongs to another recipe than {self.path / 'recipe.toml'}")
             return state

@@ -52,11 +52,7 @@ def train(
 
       ddnn train --resume runs/first
     """
-    arguments = list(recipe_and_overrides or [])
-    named = [argument for argument in arguments if "=" not in argument]
-    changes = [argument for argument in arguments if "=" in argument] + list(overrides or [])
-    if len(named) > 1:
-        raise typer.BadParameter(f"one recipe at a time, not {len(named)}: {', '.join(named)}")
+    named, changes = _split(recipe_and_overrides, overrides)
     if resume is not None and (named or changes or out is not None):
         raise typer.BadParameter(
             "--resume goes on with the recipe in the run folder; give no recipe, KEY=VALUE or --out"
@@ -91,6 +87,77 @@ def train(
             f"(least possible by MACs: {cost['bound']:.2f})"
         )
     console.print(f"run folder: {run.path}", markup=False)
+
+
+def _split(arguments: list[str] | None, overrides: list[str] | None) -> tuple[list[str], list[str]]:
+    """The recipe's name, if one was given, and the overrides."""
+    named = [argument for argument in arguments or [] if "=" not in argument]
+    if len(named) > 1:
+        raise typer.BadParameter(f"one recipe at a time, not {len(named)}: {', '.join(named)}")
+    return named, [argument for argument in arguments or [] if "=" in argument] + list(overrides or [])
+
+
+@app.command()
+def compare(
+    recipe_and_overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="The recipe all methods share.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of the comparison; calling again goes on.")
+    ],
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Only these of the methods above (default: all).")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings of each, with N seeds.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings at a time on this machine.")] = 1,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as a KEY=VALUE argument.")
+    ] = None,
+) -> None:
+    """Compare DDNN-EKD with its rivals: the same recipe, the same data order, several seeds.
+
+    Methods: ekd, alone (each depth by itself), joint (shared weights, cross-entropy only), kl and attention (one term
+    of the two), two-model-kd (each depth with a separately trained full-net as teacher), adaptive-depth (sub-nets
+    learn from the full-net's posteriors only). The test set is used once per training, after its last epoch.
+
+      ddnn compare cifar100-resnet8-14-20 --seeds 3 --out runs/fair
+
+    Kill it whenever you like; the same command goes on where it was. `ddnn report FOLDER` shows the result.
+    """
+    named, changes = _split(recipe_and_overrides, overrides)
+    if not named:
+        raise typer.BadParameter("give a recipe: a shipped one (`ddnn recipes`) or a TOML file")
+    from ddnn import recipe as recipes
+
+    chosen = recipes.load(named[0], changes)
+    from ddnn.compare import METHODS
+    from ddnn.compare import compare as run_comparison
+    from ddnn.display import ComparisonDisplay, make_console
+
+    console = make_console()
+    wanted = list(METHODS) if methods is None else [method.strip() for method in methods.split(",")]
+    try:
+        with ComparisonDisplay(console) as display:
+            result = run_comparison(out, chosen, wanted, seeds, display, workers)
+    except KeyboardInterrupt:
+        make_console(stderr=True).print("stopped; the same command goes on where it was", markup=False)
+        raise typer.Exit(130) from None
+    console.print(f"{result}\nshow it with: ddnn report {out}", markup=False, highlight=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of comparisons.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write (default: the first FOLDER).")
+    ] = None,
+) -> None:
+    """Turn comparisons into a Markdown table, a self-contained HTML page and figures."""
+    from ddnn.report import write
+
+    for path in write(folders, out or folders[0]):
+        print(path)
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """Where the work runs."""
 
+import contextlib
 import os
+import resource
+from pathlib import Path
 
 import torch
 
@@ -29,3 +32,35 @@ def make_deterministic(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time
     torch.backends.cudnn.benchmark = not wanted
+
+
+class PeakMemory:
+    """Most memory in MiB that work took since this was made: tensors on a GPU, resident pages on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.base = torch.cuda.memory_allocated(device) / 2**20
+        else:
+            _reset_high_water_mark()
+            self.base = _high_water_mark_mb()
+
+    def taken_mb(self) -> float:
+        """The peak so far, less what was there at the beginning."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.base
+        return _high_water_mark_mb() - self.base
+
+
+def _reset_high_water_mark() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the mark falls to what is resident now
+
+
+def _high_water_mark_mb() -> float:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

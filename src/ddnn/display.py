@@ -69,6 +69,40 @@ class Display:
         )
 
 
+class ComparisonDisplay:
+    """Which trainings run, how many are done and how long the rest will take; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status = console.status("starting")
+
+    def __enter__(self) -> "ComparisonDisplay":
+        if self.console.is_terminal:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def comparison(self, running: list[str], done: int, total: int, seconds_left: float | None) -> None:
+        """Refresh the line."""
+        left = "" if seconds_left is None else f", about {_duration(seconds_left)} left"
+        self.line = f"{done} of {total} trainings done{left}; running: {', '.join(running) or 'none'}"
+        self.status.update(self.line)
+
+    def finished(self, name: str, summary: Mapping[str, Any]) -> None:
+        """One line for a training that ended."""
+        accuracies = "  ".join(f"{net} {100 * row['top1']:.2f}" for net, row in summary["subnets"].items())
+        self.console.print(f"{name:32} top-1 %  {accuracies}  {_duration(summary['train_seconds'])}", highlight=False)
+        if not self.console.is_terminal and hasattr(self, "line"):
+            self.console.print(self.line, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 def subnet_table(subnets: Mapping[str, Mapping[str, Any]], title: str, latency: str) -> Table:
     """The table a training ends with: one row per net, the full-net last."""
     table = Table(title=title, caption=f"latency: {latency}", title_justify="left", caption_justify="left")

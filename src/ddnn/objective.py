@@ -118,7 +118,8 @@ class EKD:
     """The objective as a callable: `terms = EKD()(net(x), target)`, then `sum(terms.values()).backward()`.
 
     Arguments are the weights of the formula above: `kl` is lambda_kl, `attention` lambda_at, `subnet_weight` w_k as one
-    number for all sub-nets or one by name. A term whose weight is 0 is not computed and does not appear.
+    number for all sub-nets or one by name. A term whose weight is 0 is not computed and does not appear. With
+    `labels="full-net"` the sub-nets learn by distillation alone, without their cross-entropy.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class EKD:
         *,
         attention_map: AttentionMap = "power",
         subnet_weight: float | Mapping[str, float] = 1.0,
+        labels: Literal["all", "full-net"] = "all",
         label_smoothing: float = 0.0,
     ) -> None:
         if not temperature > 0:
@@ -138,29 +140,40 @@ class EKD:
             raise DDNNError("kl, attention, subnet_weight and label_smoothing must not be negative")
         if attention_map not in ATTENTION_MAPS:
             raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
+        if labels not in ("all", "full-net"):
+            raise DDNNError(f"labels={labels!r} is not one of all, full-net")
         self.temperature = temperature
         self.kl = kl
         self.attention = attention
         self.attention_map: AttentionMap = attention_map
         self.subnet_weight = subnet_weight
+        self.labels = labels
         self.label_smoothing = label_smoothing
 
-    def __call__(self, outputs: Mapping[str, Output], target: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, outputs: Mapping[str, Output], target: Tensor, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
         """The weighted terms by name: `full/ce`, `resnet18/ce`, `resnet18/kl`, `resnet18/attention` ...
 
         `outputs` is what a DDNN returns, the full-net last; `target` holds class indices [N] or probabilities
         [N, classes]. Every term is a float32 scalar, under autocast too. Their sum is the objective.
+
+        With a `teacher`, the output of some other network, every net in `outputs` is its student: two-model knowledge
+        distillation, the rival that this method is compared with.
         """
-        *subnets, full = outputs
-        teacher = outputs[full]
-        with torch.autocast(teacher.logits.device.type, enabled=False):
-            teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and subnets else []
-            terms = {f"{full}/ce": cross_entropy(teacher.logits, target, self.label_smoothing)}
-            for name in subnets:
-                student, weight = outputs[name], self._weight(name)
+        students = dict(outputs)
+        terms: dict[str, Tensor] = {}
+        with torch.autocast(target.device.type, enabled=False):
+            if teacher is None:
+                full, teacher = students.popitem()
+                terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
+            teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and students else []
+            for name, student in students.items():
+                weight = self._weight(name)
                 if weight == 0:
                     continue
-                terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
+                if self.labels == "all":
+                    terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
                 if self.kl:
                     distance = kl_divergence(student.logits, teacher.logits, self.temperature)
                     terms[f"{name}/kl"] = weight * self.kl * distance

@@ -45,13 +45,13 @@ class Data(Section):
     test: Fraction = 0.2
     """Share of the images kept for the test, only where the data set has no test split of its own."""
     limit: Count | None = None
-    """Use no more than this many training images (and as many test images): for trying things out."""
+    """Use no more than this many images of each part (training, validation, test): for trying things out."""
     corrupt_limit: Annotated[int, Field(ge=0)] = 10
     """How many unreadable images are skipped, each reported by path, before they are an error."""
     memory_mb: Annotated[int, Field(ge=0)] = 2048
     """Sets whose decoded images fit in this many MiB are held in memory; larger ones are decoded by workers."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
-    """Processes that decode images of a set that is not held in memory."""
+    """Processes that decode images of a set that is not held in memory, or augment them one by one."""
 
 
 class Augment(Section):
@@ -78,8 +78,8 @@ class Network(Section):
 
     name: str = "cifar-resnet8-14-20"
     """A preset (`ddnn recipes --presets` lists them) or a full-net such as `cifar/resnet20`, `torchvision/resnet34`."""
-    subnets: dict[str, Depths] | None = None
-    """Blocks kept per stage, by name of the sub-net; replaces the preset's table."""
+    subnets: dict[str, Depths | dict[str, Count]] | None = None
+    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table."""
     width: Count = 16
     """Channels of the first stage; CIFAR ResNets only."""
     norm: Literal["private", "shared", "recalibrated"] = "private"
@@ -87,6 +87,8 @@ class Network(Section):
     running statistics recomputed per sub-net after training."""
     head: Literal["shared", "private"] = "shared"
     """Classifier: one for all nets, or one per net."""
+    alone: str | None = None
+    """Train only this net of the table, by itself; `ddnn compare` uses it for its baselines."""
     weights: Path | None = None
     """Safetensors or `weights_only` PyTorch file with the full-net's weights to start from."""
 
@@ -104,6 +106,10 @@ class Objective(Section):
     """`power`: sum over channels of squares, unit length; `softmax`: its spatial softmax (Hou et al. 2019)."""
     subnet_weight: NonNegative | dict[str, NonNegative] = 1.0
     """w_k: weight of all terms of a sub-net, one number for all or one by name; the full-net's weight is 1."""
+    labels: Literal["all", "full-net"] = "all"
+    """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
+    teacher: Path | None = None
+    """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
 
@@ -185,6 +191,12 @@ class Recipe(Section):
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _sub_nets_learn_something(self) -> Self:
+        if self.objective.labels == "full-net" and self.objective.kl == 0 and self.objective.attention == 0:
+            raise ValueError("objective.labels=full-net needs objective.kl or objective.attention above 0")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
-from ddnn.network import DDNN
+from ddnn.network import DDNN, Output
 from ddnn.objective import EKD
 from ddnn.optimizer import make_optimizer, make_scheduler
 from ddnn.recipe import Recipe
@@ -82,6 +82,8 @@ class State:
     ema: AveragedModel | None
     steps_per_epoch: int
     device: torch.device
+    teacher: DDNN | None = None
+    """The network that teaches in two-model KD; its last net does."""
     step: int = 0
     """Optimiser steps done."""
     sums: Sums = field(default_factory=Sums)
@@ -99,7 +101,7 @@ class State:
             recipe=recipe,
             net=net,
             forward=torch.compile(net) if recipe.train.compile else net,
-            objective=EKD(**recipe.objective.model_dump()),
+            objective=EKD(**recipe.objective.model_dump(exclude={"teacher"})),
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
             ema=AveragedModel(net, multi_avg_fn=average, use_buffers=True) if recipe.train.ema else None,
@@ -144,6 +146,13 @@ class State:
         start = time.perf_counter()
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def taught(self, images: Tensor) -> Output | None:
+        """What the separate teacher, if there is one, makes of the images."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return self.teacher(images, only=[self.teacher.full_name])[self.teacher.full_name]
 
     def take_seconds(self) -> dict[str, float]:
         """The seconds since they were last taken."""

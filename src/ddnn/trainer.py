@@ -8,9 +8,11 @@ import contextlib
 import itertools
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +24,13 @@ from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
-from ddnn.device import choose_device, make_deterministic, threads
+from ddnn.device import PeakMemory, choose_device, make_deterministic, threads
+from ddnn.errors import RunError
 from ddnn.evaluate import accuracy, evaluate
 from ddnn.network import DDNN, recalibrate
 from ddnn.recipe import Recipe
 from ddnn.state import State, Sums
+from ddnn.trained import load_trained
 
 LOOK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 RECALIBRATION_BATCHES = 200
@@ -58,7 +62,10 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     dataset = data.load(recipe.data, seed=0)  # the split is the same for all training seeds
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
+    memory = PeakMemory(device)
     state = State.fresh(recipe, build(recipe.network, len(dataset.classes)), steps, device)
+    if recipe.objective.teacher is not None:
+        state.teacher = load_teacher(recipe.objective.teacher, dataset, device)
     if kept := run.load_checkpoint():
         state.load(kept)
     run.write_json("run.json", describe(recipe, dataset, device))
@@ -75,6 +82,7 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
                         batches = eval_batches(recipe, dataset, dataset.validation, device)
                         metrics["validation"] = accuracy(state.kept_net, batches)
             metrics["seconds"] = state.take_seconds()
+            metrics["memory_mb"] = round(memory.taken_mb(), 1)
             epochs.append(metrics)
             run.write_metrics(epochs)
             _write_events(events, metrics)
@@ -110,7 +118,9 @@ def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tenso
     for images, classes in zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True):
         with torch.autocast(state.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             outputs = state.forward(images)
-        terms = {name: term * (len(images) / len(x)) for name, term in state.objective(outputs, classes).items()}
+            teacher = state.taught(images)
+        share = len(images) / len(x)
+        terms = {name: term * share for name, term in state.objective(outputs, classes, teacher).items()}
         torch.stack(list(terms.values())).sum().backward()
         parts.append(({k: v.detach() for k, v in terms.items()}, {k: o.logits.detach() for k, o in outputs.items()}))
     if state.recipe.optim.clip_norm is not None:
@@ -142,11 +152,12 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
         "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
-        "step_cost": step_cost(net, state.objective, x, target, bf16=bf16),
+        "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
+        "step_cost": step_cost(net, state.objective, x, target, bf16=bf16) if len(net.depths) > 1 else None,
         "latency": f"batch 1, eager float32, {threads(device)}",
         "weights_sha256": digest,
     }
-    if epochs and "validation" in epochs[-1]:
+    if "validation" in epochs[-1]:
         summary["validation"] = epochs[-1]["validation"]
     run.write_json("summary.json", summary)
     return summary
@@ -159,11 +170,20 @@ def eval_batches(
     return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last)
 
 
+def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
+    """The network of a finished run, at rest; `RunError` if it knows other classes."""
+    teacher, about = load_trained(RunFolder.open(path))
+    if about["data"]["classes"] != list(dataset.classes):
+        raise RunError(f"objective.teacher: the run in {path} was trained on other classes than {dataset.name} has")
+    return teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def describe(recipe: Recipe, dataset: DataSet, device: torch.device) -> dict[str, Any]:
     """What `run.json` says: all that the recipe does not."""
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}},
         "machine": {"platform": platform.platform(), "device": threads(device), "cpus": os.cpu_count()},
+        "commit": commit(),
         "seed": recipe.train.seed,
         "data": {
             "source": dataset.name,
@@ -174,6 +194,19 @@ def describe(recipe: Recipe, dataset: DataSet, device: torch.device) -> dict[str
             "corrupt": list(dataset.corrupt),
         },
     }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from, with `+` if it was changed since; None if it is installed."""
+    here = Path(__file__).parent
+    if here.parents[1].joinpath(".git").exists():
+        with contextlib.suppress(OSError):
+            described = subprocess.run(
+                ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--match="],
+                cwd=here, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            return described.stdout.strip() or None
+    return None
 
 
 def _timed(batches: Iterator[tuple[Tensor, Tensor]], state: State) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,212 @@
+"""The fair fight: one recipe, one code path; resumable, and what it reports is what the runs say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import TINY, Quiet
+from ddnn import compare as comparison
+from ddnn import recipe as recipes
+from ddnn.checkpoint import RunFolder
+from ddnn.compare import METHODS, compare, plan, seconds_left
+from ddnn.errors import RecipeError, RunError
+from ddnn.evaluate import macs
+from ddnn.recipe import Recipe
+from ddnn.trained import load_trained
+from ddnn.trainer import train
+
+NETS = ["resnet8", "resnet14", "resnet20"]
+
+
+class Silent:
+    """Watches in silence and remembers which trainings ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def comparison(self, running: list[str], done: int, total: int, seconds_left: float | None) -> None:
+        pass
+
+    def finished(self, name: str, summary: dict[str, Any]) -> None:
+        self.ended.append(name)
+
+
+def tiny_recipe(*overrides: str) -> Recipe:
+    return recipes.load("digits", [*TINY, "train.epochs=1", *overrides])
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings run here instead of in processes of their own, which take seconds to start."""
+
+    def run(path: Path, recipe: Recipe) -> int:
+        train(RunFolder.open(path) if path.exists() else RunFolder.create(path, recipe), Quiet())
+        return 0
+
+    monkeypatch.setattr(comparison, "_train", run)
+
+
+def test_methods_differ_in_nothing_but_what_they_say(tmp_path: Path) -> None:
+    base = tiny_recipe("train.seed=5").model_dump()
+    jobs = {job.name: job for job in plan(tiny_recipe("train.seed=5"), METHODS, 2, tmp_path, NETS)}
+    assert len(jobs) == 2 * (5 + 2 * 3)
+    changes = {}
+    for name, job in jobs.items():
+        theirs = job.recipe.model_dump()
+        changes[name] = {
+            f"{section}.{key}": value
+            for section, fields in theirs.items()
+            for key, value in fields.items()
+            if value != base[section][key]
+        }
+    assert changes["ekd-seed0"] == {}
+    assert changes["ekd-seed1"] == {"train.seed": 6}
+    assert changes["joint-seed0"] == {"objective.kl": 0.0, "objective.attention": 0.0}
+    assert changes["kl-seed0"] == {"objective.attention": 0.0}
+    assert changes["attention-seed0"] == {"objective.kl": 0.0}
+    assert changes["alone-resnet8-seed0"] == {"network.alone": "resnet8"}
+    assert changes["adaptive-depth-seed0"] == {
+        "objective.labels": "full-net",
+        "objective.attention": 0.0,
+        "objective.temperature": 1.0,
+    }
+    assert changes["two-model-kd-resnet14-seed0"] == {
+        "network.alone": "resnet14",
+        "objective.teacher": tmp_path / "alone-resnet20-seed0",
+    }
+
+
+def test_teachers_come_before_their_students(tmp_path: Path) -> None:
+    jobs = plan(tiny_recipe(), ["two-model-kd"], 1, tmp_path, NETS)
+    names = [job.name for job in jobs]
+    assert names[:3] == [f"alone-{net}-seed0" for net in NETS]
+    assert all(names.index(job.needs) < names.index(job.name) for job in jobs if job.needs)
+    with pytest.raises(RecipeError, match="no method 'magic'; there are: ekd, alone, joint"):
+        plan(tiny_recipe(), ["magic"], 1, tmp_path, NETS)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_whole_comparison(tmp_path: Path) -> None:
+    folder, recipe, watcher = tmp_path / "fair", tiny_recipe(), Silent()
+    path = compare(folder, recipe, list(METHODS), 1, watcher)
+    assert path == folder / "comparison.json"
+    content = json.loads(path.read_text())
+    assert content["complete"]
+    assert list(content["methods"]) == list(METHODS)
+    assert list(content["nets"]) == NETS
+    for method, row in content["methods"].items():
+        assert set(row) == {"subnets", "seconds", "macs_per_step", "peak_memory_mb", "runs"}
+        for net in NETS:
+            [top1] = row["subnets"][net]
+            runs = [RunFolder.open(folder / "runs" / name).read_json("summary.json") for name in row["runs"]["0"]]
+            assert top1 in [run["subnets"][net]["top1"] for run in runs if net in run["subnets"]]
+        assert row["seconds"] > 0, method
+
+    # costs, written out: three forwards' worth of MACs for each network trained, and the teacher's part
+    net, _ = load_trained(RunFolder.open(folder / "runs" / "ekd-seed0"))
+    alone = {name: macs(sub, 8) for name, sub in net.nets.items()}
+    full = alone["resnet20"]
+    costs = {method: row["macs_per_step"] / recipe.train.batch_size for method, row in content["methods"].items()}
+    assert costs["alone"] == 3 * sum(alone.values())
+    assert costs["ekd"] == costs["joint"] == 3 * macs(net, 8)
+    assert costs["two-model-kd"] == 3 * full + 3 * (sum(alone.values()) + full)
+
+    # the same training by hand gives the same weights
+    by_hand = RunFolder.create(tmp_path / "by-hand", recipe)
+    train(by_hand, Quiet())
+    theirs = load_file(folder / "runs" / "ekd-seed0" / "model.safetensors")
+    assert all(torch.equal(t, theirs[n]) for n, t in load_file(by_hand.path / "model.safetensors").items())
+
+    # what each learns from
+    terms = {
+        name: set(RunFolder.open(folder / "runs" / f"{name}-seed0").metrics()[0]["terms"])
+        for name in ("adaptive-depth", "joint", "alone-resnet8", "two-model-kd-resnet8")
+    }
+    assert terms["adaptive-depth"] == {"resnet20/ce", "resnet8/kl", "resnet14/kl"}
+    assert terms["joint"] == {"resnet20/ce", "resnet8/ce", "resnet14/ce"}
+    assert terms["alone-resnet8"] == {"resnet8/ce"}
+    assert terms["two-model-kd-resnet8"] == {"resnet8/ce", "resnet8/kl", "resnet8/attention"}
+
+    # asked again it trains nothing; asked for another seed, only that
+    again = Silent()
+    compare(folder, recipe, list(METHODS), 1, again)
+    assert again.ended == []
+    compare(folder, recipe, ["ekd"], 2, again)
+    assert again.ended == ["ekd-seed1"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = comparison._train, []
+
+    def dies(path: Path, recipe: Recipe) -> int:
+        calls.append(path.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(path, recipe)
+
+    monkeypatch.setattr(comparison, "_train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, Silent())
+    content = json.loads((tmp_path / "fair" / "comparison.json").read_text())
+    assert not content["complete"]
+    assert content["methods"]["alone"]["subnets"]["resnet8"][0] is not None
+    assert content["methods"]["alone"]["subnets"]["resnet20"] == [None]
+    assert content["methods"]["alone"]["seconds"] is None
+    watcher = Silent()
+    compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, watcher)
+    assert watcher.ended == ["alone-resnet14-seed0", "alone-resnet20-seed0"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = comparison._train
+    fails: Callable[[Path, Recipe], int] = lambda path, recipe: (  # noqa: E731
+        1 if path.name == "alone-resnet20-seed0" else real(path, recipe)
+    )
+    monkeypatch.setattr(comparison, "_train", fails)
+    watcher = Silent()
+    with pytest.raises(RunError, match=r"4 of 6 trainings failed.*alone-resnet20-seed0 \(see .*log.txt\); two-model"):
+        compare(tmp_path / "fair", tiny_recipe(), ["two-model-kd"], 1, watcher)
+    assert watcher.ended == ["alone-resnet8-seed0", "alone-resnet14-seed0"]
+
+
+def test_a_folder_holds_one_recipe(tmp_path: Path) -> None:
+    (tmp_path / "fair").mkdir()
+    (tmp_path / "fair" / "recipe.toml").write_text(tiny_recipe("optim.lr=0.3").to_toml())
+    with pytest.raises(RunError, match="holds a comparison of another recipe"):
+        compare(tmp_path / "fair", tiny_recipe(), ["ekd"], 1, Silent())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(RunError, match="exists and is no comparison"):
+        compare(tmp_path / "other", tiny_recipe(), ["ekd"], 1, Silent())
+
+
+def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.epochs=4")
+    jobs = plan(recipe, ["alone"], 1, tmp_path / "runs", NETS)
+    assert seconds_left(tmp_path, jobs) is None
+    run = RunFolder.create(tmp_path / "runs" / jobs[0].name, jobs[0].recipe)
+    run.write_metrics([{"epoch": e, "seconds": {"total": 10.0}} for e in (1, 2)])
+    work = [macs(load, 32) for load in _plain_nets()]
+    expected = 20 / (2 * work[0]) * (2 * work[0] + 4 * work[1] + 4 * work[2])
+    assert seconds_left(tmp_path, jobs) == pytest.approx(expected)
+
+
+def _plain_nets() -> list[torch.nn.Module]:
+    from ddnn.families.cifar_resnet import resnet
+
+    return [resnet(layers, num_classes=10, width=4) for layers in (8, 14, 20)]
+
+
+@pytest.mark.slow
+def test_trainings_are_processes_of_their_own(tmp_path: Path) -> None:
+    watcher = Silent()
+    compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, watcher, workers=2)
+    assert sorted(watcher.ended) == sorted(["ekd-seed0", *(f"alone-{net}-seed0" for net in NETS)])
+    assert "test set, last epoch" in (tmp_path / "fair" / "runs" / "ekd-seed0" / "log.txt").read_text()
