@@ -21,6 +21,7 @@ ORDER = [
     "build",
     "objective",
     "evaluate",
+    "branchwise",
     "cost",
     "device",
     "optimizer",

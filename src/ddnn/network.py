@@ -35,6 +35,18 @@ class Output(NamedTuple):
     """The output of every stage, shallow to deep, each [N, channels, height, width]."""
 
 
+Node = tuple[str, int]
+"""A node of the tree of paths: the i-th block of the path of the net it belongs to. See `owner`."""
+
+
+class Step(NamedTuple):
+    """One block of a path. Steps of two paths with the same node are the same computation on the same input."""
+
+    node: Node
+    block: nn.Module
+    ends_stage: bool
+
+
 class DDNN(nn.Module):
     """Nested networks that share their weights, made by `nest`.
 
@@ -62,20 +74,36 @@ class DDNN(nn.Module):
     def forward(self, x: Tensor, only: Iterable[str] | None = None) -> dict[str, Output]:
         """Run the tree of paths on images [N, C, H, W]."""
         names = list(self.depths) if only is None else [self._known(name) for name in only]
-        stem = self.family.stem(self.nets[self.full_name], x)
-        ran: dict[tuple[str, int], Tensor] = {}  # output of the i-th block of a path, under the path's first owner
+        stem = self.stem(x)
+        ran: dict[Node, Tensor] = {}
         outputs = {}
         for name in names:
-            net, feature, features, i = self.nets[name], stem, [], 0
-            for blocks in self.family.blocks(net):
-                for block in blocks:
-                    node = (owner(self.depths, name, i), i)
-                    if node not in ran:
-                        ran[node] = block(feature)
-                    feature, i = ran[node], i + 1
-                features.append(feature)
-            outputs[name] = Output(self.family.head(net, feature), tuple(features))
+            feature, features = stem, []
+            for step in self.path(name):
+                if step.node not in ran:
+                    ran[step.node] = step.block(feature)
+                feature = ran[step.node]
+                if step.ends_stage:
+                    features.append(feature)
+            outputs[name] = Output(self.head_of(name, feature), tuple(features))
         return outputs
+
+    def path(self, name: str) -> list["Step"]:
+        """The blocks that a net runs between stem and head, in order."""
+        steps: list[Step] = []
+        for blocks in self.family.blocks(self.nets[self._known(name)]):
+            for b, block in enumerate(blocks):
+                i = len(steps)
+                steps.append(Step((owner(self.depths, name, i), i), block, ends_stage=b == len(blocks) - 1))
+        return steps
+
+    def stem(self, x: Tensor) -> Tensor:
+        """What all nets begin with: images [N, C, H, W] -> input of the first stage."""
+        return self.family.stem(self.nets[self.full_name], x)
+
+    def head_of(self, name: str, feature: Tensor) -> Tensor:
+        """Output of a net's last stage -> its logits [N, classes]."""
+        return self.family.head(self.nets[name], feature)
 
     def subnet(self, name: str) -> nn.Module:
         """A copy of one net as an ordinary network of its library, independent of this DDNN.

@@ -167,6 +167,8 @@ class Train(Section):
     channels_last: bool = True
     compile: bool = False
     """`torch.compile` of the training forward."""
+    lean: bool = False
+    """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0
     """Decay per step of a moving average of the weights, which is then what is evaluated and kept; 0 is off."""
     deterministic: bool = True
@@ -175,7 +177,11 @@ class Train(Section):
     """A checkpoint is written after every epoch, and within an epoch when this much time has passed."""
 
     @model_validator(mode="after")
-    def _parts_are_even(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.lean and self.compile:
+            raise ValueError(
+                "lean=true goes block by block and can't be compiled; set one of lean and compile to false"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         return self

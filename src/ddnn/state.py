@@ -147,6 +147,10 @@ class State:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
+    def autocast(self) -> torch.autocast:
+        """What every piece of forward runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
     def taught(self, images: Tensor) -> Output | None:
         """What the separate teacher, if there is one, makes of the images."""
         if self.teacher is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from ddnn import data
+from ddnn.branchwise import branchwise_backward
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
@@ -114,15 +115,11 @@ def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tenso
     """One optimiser step on images [N, 3, H, W] and target; the mean of every term and every net's logits."""
     train = state.recipe.train
     torch.manual_seed(stream_key(train.seed, "step", state.step))  # for dropout and the like
-    parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    parts = []
     for images, classes in zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True):
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            outputs = state.forward(images)
-            teacher = state.taught(images)
         share = len(images) / len(x)
-        terms = {name: term * share for name, term in state.objective(outputs, classes, teacher).items()}
-        torch.stack(list(terms.values())).sum().backward()
-        parts.append(({k: v.detach() for k, v in terms.items()}, {k: o.logits.detach() for k, o in outputs.items()}))
+        terms, logits = (_lean_backward if train.lean else _backward)(state, images, classes, share)
+        parts.append(({name: share * term for name, term in terms.items()}, logits))
     if state.recipe.optim.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.net.parameters(), state.recipe.optim.clip_norm)
     state.optimizer.step()
@@ -134,6 +131,29 @@ def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tenso
     return (
         {name: torch.stack([terms[name] for terms, _ in parts]).sum() for name in parts[0][0]},
         {name: torch.cat([logits[name] for _, logits in parts]) for name in parts[0][1]},
+    )
+
+
+def _backward(
+    state: State, images: Tensor, target: Tensor, share: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Add the gradients of `share` x the objective; its terms and all logits, detached."""
+    with state.autocast():
+        outputs = state.forward(images)
+        teacher = state.taught(images)
+    terms = state.objective(outputs, target, teacher)
+    (share * torch.stack(list(terms.values())).sum()).backward()
+    return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
+
+
+def _lean_backward(
+    state: State, images: Tensor, target: Tensor, share: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same, one path at a time."""
+    with state.autocast():
+        teacher = state.taught(images)
+    return branchwise_backward(
+        state.net, state.objective, images, target, teacher, scale=share, autocast=state.autocast
     )
 
 

@@ -1,0 +1,113 @@
+"""The joint step in little memory: one branch of the tree at a time, forward and backward.
+
+The plain joint step, `sum(objective(net(x), target).values()).backward()`, holds the activations of all paths until its
+backward. But a loss of one net depends on no other net: the teacher's part in it is a constant. So each branch can go
+forward and backward by itself, as long as what it has in common with others is kept and goes backward once, at the end,
+with the sum of their gradients. The full-net's branch goes first, because its output teaches the rest. What is held at
+any moment is one path from the stem to a head, which is about what the full-net alone would hold.
+
+The result is the same sum of the same gradients, added up in another order.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ddnn.network import DDNN, Output, Step
+from ddnn.objective import EKD
+
+Terms = dict[str, Tensor]
+Logits = dict[str, Tensor]
+
+
+def branchwise_backward(
+    net: DDNN,
+    objective: EKD,
+    x: Tensor,
+    target: Tensor,
+    teacher: Output | None = None,
+    *,
+    scale: float = 1.0,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[Terms, Logits]:
+    """Add the gradients of `scale` x the objective to the parameters; return its terms and the logits, detached.
+
+    `autocast()` is entered around every piece of forward.
+    """
+    names = list(reversed(net.depths))  # the full-net first
+    walk = _Walk(net, {name: net.path(name) for name in names}, objective, target, teacher, scale, autocast)
+    walk.grow(names, 0, x, dict.fromkeys(names, ()))
+    return (
+        {term: value for name in _terms_order(net, teacher) for term, value in walk.terms[name].items()},
+        {name: walk.logits[name] for name in net.depths},
+    )
+
+
+def _terms_order(net: DDNN, teacher: Output | None) -> list[str]:
+    *subnets, full = net.depths
+    return [full, *subnets] if teacher is None else [*subnets, full]
+
+
+@dataclass
+class _Walk:
+    """One walk over the tree, depth first."""
+
+    net: DDNN
+    paths: dict[str, list[Step]]
+    objective: EKD
+    target: Tensor
+    teacher: Output | None
+    scale: float
+    autocast: Callable[[], AbstractContextManager[object]]
+    terms: dict[str, Terms] = field(default_factory=dict)
+    logits: Logits = field(default_factory=dict)
+
+    def grow(self, names: list[str], i: int, feature: Tensor, features: dict[str, tuple[Tensor, ...]]) -> None:
+        """Forward and backward of all that `names` do from their i-th block on, with `feature` as its input.
+
+        `features` are the outputs of the stages each has passed so far. When this returns, the gradients of what came
+        in are in the `.grad` of `feature` and `features`, where these are leaves that want one.
+        """
+        passed: dict[str, tuple[Tensor, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
+        with self.autocast():
+            if i == 0:
+                feature = self.net.stem(feature)
+            while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
+                feature = self.paths[names[0]][i].block(feature)
+                for name in names:  # the same block may end a stage for one and not for another
+                    if self.paths[name][i].ends_stage:
+                        passed[name] += (feature,)
+                i += 1
+            logits = self.net.head_of(names[0], feature) if len(names) == 1 else None
+        if logits is not None:
+            [name] = names
+            self._backward(name, Output(logits, features[name] + passed[name]))
+            return
+
+        ends = {id(end): end for end in [feature, *(end for name in names for end in passed[name])]}
+        leaves = {key: end.detach().requires_grad_() for key, end in ends.items()}
+        inside = {name: features[name] + tuple(leaves[id(end)] for end in passed[name]) for name in names}
+        branches: dict[object, list[str]] = {}
+        for name in names:
+            branches.setdefault(self._node(name, i), []).append(name)
+        for branch in branches.values():
+            self.grow(branch, i, leaves[id(feature)], inside)
+        # A stage that no loss looks at gets its gradient through the blocks after it only, and none of its own.
+        wanted = [(ends[key], leaf.grad) for key, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([end for end, _ in wanted], [gradient for _, gradient in wanted])
+
+    def _node(self, name: str, i: int) -> object:
+        return self.paths[name][i].node if i < len(self.paths[name]) else None
+
+    def _backward(self, name: str, output: Output) -> None:
+        """The terms of one net and their backward; the full-net's output is then the teacher."""
+        terms = self.objective({name: output}, self.target, self.teacher)
+        if terms:
+            (torch.stack(list(terms.values())).sum() * self.scale).backward()
+        self.terms[name] = {term: value.detach() for term, value in terms.items()}
+        self.logits[name] = output.logits.detach()
+        if self.teacher is None:
+            self.teacher = Output(output.logits.detach(), tuple(feature.detach() for feature in output.features))

@@ -1,0 +1,141 @@
+"""The numbers of a comparison in tables, the same for Markdown and HTML."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddnn.report import sentences
+from ddnn.report.sentences import TIMES, percent, points
+from ddnn.report.summary import COSTS, Row, Summary, label, summarise
+
+NOTHING = "\N{EM DASH}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: the number, what belongs to it, and whether it is the best of its column."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, and rows whose first cell names them."""
+
+    headings: list[str]
+    rows: list[list[Cell]]
+
+
+def accuracy_table(summary: Summary) -> Table:
+    """Methods by nets: mean, deviation, paired difference to alone and its interval."""
+    rows = []
+    for method in summary.methods:
+        cells = [_accuracy(summary, row) for net in summary.nets if (row := summary.row(method, net))]
+        rows.append([Cell(label(method)), *cells])
+    return Table(["method", *(_net(summary, net) for net in summary.nets)], rows)
+
+
+def _accuracy(summary: Summary, row: Row) -> Cell:
+    if row.mean is None:
+        return Cell(NOTHING, "not finished")
+    text = percent(row.mean) + (f" ± {percent(row.std)}" if row.std is not None else "")
+    details = []
+    if row.difference:
+        details.append(points(row.difference.mean))
+        if row.difference.low is not None and row.difference.high is not None:
+            details.append(f"CI {points(row.difference.low)} to {points(row.difference.high)}")
+    if row.n < len(summary.comparison.seeds):
+        details.append(f"{row.n} of {len(summary.comparison.seeds)} seeds")
+    return Cell(text, ", ".join(details), best=row is summary.best(row.net))
+
+
+def cost_table(summary: Summary) -> Table:
+    """Methods by costs, each with its ratio to training every depth alone."""
+    show = {"seconds": _duration, "macs_per_step": _short, "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB"}
+    rows = []
+    for cost in summary.costs:
+        cells = [Cell(label(cost.method))]
+        for what in COSTS:
+            value, ratio = cost.absolute[what], cost.relative[what]
+            text = NOTHING if value is None else show[what](value)
+            cells.append(Cell(text, "" if ratio is None else f"{ratio:.2f}{TIMES}"))
+        rows.append(cells)
+    return Table(["method", "wall-clock time", "MACs per step", "peak memory"], rows)
+
+
+def net_table(summary: Summary) -> Table:
+    """What each net is and needs once trained."""
+    rows = []
+    for name in summary.nets:
+        cells = [Cell(NOTHING)] * 4
+        if net := summary.comparison.nets.get(name):
+            depths = "-".join(map(str, net.depths))
+            cells = [Cell(depths), Cell(_short(net.params)), Cell(_short(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
+        rows.append([Cell(_net(summary, name)), *cells])
+    return Table(["net", "depths", "parameters", "MACs per image", "latency of one image"], rows)
+
+
+def _net(summary: Summary, net: str) -> str:
+    return net + (" (full-net)" if net == summary.nets[-1] else "")
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The whole report of one comparison without its figures, from the content of its `comparison.json`."""
+    return markdown_of(summarise(comparison))
+
+
+def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Mapping[str, str] | None = None) -> str:
+    """Markdown of a comparison: verdicts, tables, and the figures of these paths by their captions."""
+    parts = [f"## {escape(sentences.title(summary.comparison))}"]
+    parts.append(f"**{escape(sentences.headline(summary))}**")
+    parts.append(_bullets([*map(str, sentences.verdicts(summary)), sentences.price(summary)]))
+    for heading, table in (
+        ("Accuracy: top-1 in percent (difference to alone in points, 95% CI)", accuracy_table(summary)),
+        ("Cost of training all nets (relative to training every depth alone)", cost_table(summary)),
+        ("Nets", net_table(summary)),
+    ):
+        parts += [f"### {heading}", _markdown_table(table)]
+    parts += [f"![{escape(caption)}]({path})" for caption, path in (figures or {}).items()]
+    if missing := sentences.missing(summary) if missing is None else missing:
+        parts += ["### Missing", _bullets(missing)]
+    about = [f"{name}: {value}" for name, value in sentences.details(summary.comparison).items()]
+    parts += ["### How to read this", _bullets([*sentences.notes(summary), "; ".join(about) + "."])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [[escape(heading) for heading in table.headings], ["---", *["---:"] * (len(table.headings) - 1)]]
+    for row in table.rows:
+        lines.append([_markdown_cell(cell) for cell in row])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{escape(cell.text)}**" if cell.best else escape(cell.text)
+    return text + (f" ({escape(cell.detail)})" if cell.detail else "")
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Names may hold what means something to Markdown, such as the bars of a table or HTML."""
+    for character in "\\|*_`<[":
+        text = text.replace(character, "\\" + character)
+    return " ".join(text.split())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
