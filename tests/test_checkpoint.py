@@ -36,6 +36,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_a_kill_left_half_written_is_swept_up(tiny: Make) -> None:
+    run = tiny("run")
+    run.save_checkpoint(1, {})
+    torn = run.path / "checkpoints" / ".step-000000002-x.pt.1.tmp"
+    torn.write_bytes(b"half")
+    assert RunFolder.open(run.path).load_checkpoint() == {}
+    assert not torn.exists()
+
+
 def test_only_the_last_two_checkpoints_are_kept(tiny: Make) -> None:
     run = tiny("run")
     for step in (1, 20, 300):
@@ -114,8 +123,12 @@ def test_start_weights_must_fit(tmp_path: Path) -> None:
         build(Network(name="cifar-resnet20-32-44", width=4, weights=good), 10)
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(good.read_bytes()[:-10])
-    with pytest.raises(RecipeError, match=r"cannot read .*torn.safetensors"):
-        build(Network(**network, weights=torn), 10)
+    empty, junk = tmp_path / "empty.pt", tmp_path / "junk.pt"
+    empty.touch()
+    junk.write_bytes(b"exxxx")
+    for damaged in (torn, empty, junk):
+        with pytest.raises(RecipeError, match=rf"{damaged.name} is damaged"):
+            build(Network(**network, weights=damaged), 10)
     torch.save({"model": trained}, tmp_path / "pickled.pt")
-    with pytest.raises(RecipeError, match=r"pickled.pt holds more than weights and is not loaded"):
+    with pytest.raises(RecipeError, match=r"pickled.pt is damaged or holds more than weights, and is not loaded"):
         build(Network(**network, weights=tmp_path / "pickled.pt"), 10)

@@ -1,6 +1,7 @@
 import os
 import random
 import re
+import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def noise(n: int = 40, size: int = 12, classes: int = 4) -> data.DataSet:
     pixels = torch.randint(1, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
     held = Held(torch.arange(n) % classes, pixels)
     names = tuple("abcdefgh"[:classes])
-    return data.DataSet("noise", names, size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), held, None, held, ())
+    return data.DataSet("noise", names, size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), held, None, held, (), "")
 
 
 def batches(dataset: data.DataSet, recipe: Recipe, epoch: int = 0, start: int = 0) -> list[tuple[Any, Any]]:
@@ -72,6 +73,17 @@ def class_folders(root: Path, counts: dict[str, int], suffix: str = ".png") -> P
     for number, (name, count) in enumerate(counts.items()):
         for i in range(count):
             write(root / name / f"{i}{suffix}", (40 * number, i, 7))
+    return root
+
+
+def photographs(root: Path, counts: dict[str, int], size: tuple[int, int] = (40, 36)) -> Path:
+    """Class folders of noise: no two pixels, and so no two crops or resizings, are alike."""
+    generator = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
 
 
@@ -187,7 +199,7 @@ def test_every_image_is_a_window_of_its_own(extra: dict[str, Any], stored: bool)
         held = dataset.train
         reader = types.SimpleNamespace(open=held.picture, name=str)
         files = data.sources.Labelled(reader, torch.arange(64), held.labels)
-        changed = Stored(held.labels, files, data.decode.Skipped("noise", 0), 0)
+        changed = Stored(held.labels, files, data.decode.Skipped("noise", 0), 0, 12)
         dataset = data.DataSet(**{**vars(dataset), "train": changed})
     setup = recipe(extra, train={"batch_size": 32}, data={"workers": 0})
     pad = 0 if extra.get("crop") == "none" else extra.get("padding", 12 // 8)
@@ -283,13 +295,92 @@ def test_mixup_and_cutmix_together_take_turns() -> None:
 @pytest.mark.parametrize("memory_mb", [0, 100])
 def test_evaluation_has_every_image_once_in_order(memory_mb: int) -> None:
     dataset = data.load(Data(limit=50, memory_mb=memory_mb, workers=0), 0)
+    assert isinstance(dataset.test, Held if memory_mb else Stored)
+    pixels = torch.stack([as_pixels(dataset.test.picture(i)) for i in range(50)])
+    assert len(pixels.unique(dim=0)) == 50
     seen = list(data.eval_batches(dataset, dataset.test, 16, CPU))
     assert [len(x) for x, _ in seen] == [16, 16, 16, 2]
     assert torch.equal(torch.cat([label for _, label in seen]), dataset.test.labels)
-    if isinstance(dataset.test, Held):
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (dataset.mean, dataset.std))
-        expected = (dataset.test.pixels / 255 - mean) / std
-        torch.testing.assert_close(torch.cat([x for x, _ in seen]), expected)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (dataset.mean, dataset.std))
+    torch.testing.assert_close(torch.cat([x for x, _ in seen]), (pixels / 255 - mean) / std)
+
+
+def as_pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("zoom", [1.0, 1.14])
+@pytest.mark.parametrize("size", [(40, 36), (32, 32)])
+def test_evaluation_does_not_depend_on_memory(tmp_path: Path, zoom: float, size: tuple[int, int]) -> None:
+    root = photographs(tmp_path / "d", {"a": 12, "b": 12}, size)
+    section = source(root, validation=0.3, image_size=32, zoom=zoom, workers=0)
+    held, stored = (data.load(section.model_copy(update={"memory_mb": m}), 0) for m in (100, 0))
+    assert isinstance(held.train, Held)
+    assert isinstance(stored.train, Stored)
+    assert (held.mean, held.std) == (stored.mean, stored.std)
+    for part in ("train", "validation", "test"):
+        left, right = (list(data.eval_batches(d, getattr(d, part), 5, CPU)) for d in (held, stored))
+        assert same(left, right)
+    side = round(32 * zoom)
+    assert isinstance(held.test, Held)
+    for pixels, number in zip(held.test.pixels, range(len(stored.test)), strict=True):
+        picture = torchvision.transforms.v2.functional.resize(stored.test.picture(number), side)
+        assert torch.equal(pixels, as_pixels(torchvision.transforms.v2.functional.center_crop(picture, 32)))
+    for pixels, number in zip(held.train.pixels, range(len(stored.train)), strict=True):
+        picture = torchvision.transforms.v2.functional.resize(stored.train.picture(number), 32)
+        assert torch.equal(pixels, as_pixels(torchvision.transforms.v2.functional.center_crop(picture, 32)))
+
+
+def test_statistics_of_many_images_do_not_depend_on_memory(tmp_path: Path) -> None:
+    root = photographs(tmp_path / "d", {"a": 2, "b": 2}, (8, 8))
+    for i in range(2, 1100):
+        shutil.copy(root / f"a/{i % 2}.png", root / f"a/{i}.png")
+    section = source(root, validation=0, test=0.01, image_size=300)  # more than 1024, the sample of that size
+    held, stored = (data.load(section.model_copy(update={"memory_mb": m}), 0) for m in (2048, 0))
+    assert isinstance(held.train, Held)
+    assert isinstance(stored.train, Stored)
+    assert (held.mean, held.std) == (stored.mean, stored.std)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("size", [(40, 36), (32, 32)])
+def test_resized_crops_are_of_the_whole_image(tmp_path: Path, whole: bool, size: tuple[int, int]) -> None:
+    root = photographs(tmp_path / "d", {"a": 10, "b": 10}, size)
+    section = source(root, validation=0.2, image_size=32, workers=0)
+    setup = recipe({"crop": "resized"}, train={"batch_size": 4}, data=section.model_dump())
+    held, stored = (data.load(section.model_copy(update={"memory_mb": m}), 0, whole=whole) for m in (100, 0))
+    in_memory = not whole or size == (32, 32)
+    assert isinstance(held.train, Held if in_memory else Stored)
+    assert isinstance(held.test, Held)
+    assert isinstance(held.validation, Held)
+    assert isinstance(stored.train, Stored)
+    assert same(batches(held, setup), batches(stored, setup)) == (whole or size == (32, 32))
+    for part in ("train", "validation", "test"):
+        assert same(*(list(data.eval_batches(d, getattr(d, part), 5, CPU)) for d in (held, stored)))
+
+
+def test_whole_images_of_any_size_are_looked_at(tmp_path: Path) -> None:
+    root = photographs(tmp_path / "d", {"a": 10, "b": 10}, (20, 20))
+    assert isinstance(data.load(source(root, validation=0), 0, whole=True).train, Held)
+    assert isinstance(data.load(source(root, validation=0, image_size=16), 0, whole=True).train, Stored)
+    one_memory = source(root, validation=0, image_size=600, memory_mb=5)  # the test alone fits: 4 images
+    assert isinstance(data.load(one_memory, 0, whole=True).test, Held)
+    assert isinstance(data.load(one_memory, 0).test, Stored)
+
+
+@pytest.mark.parametrize("memory_mb", [0, 100])
+def test_evaluation_without_a_readable_image_is_an_error(tmp_path: Path, memory_mb: int) -> None:
+    root = class_folders(tmp_path / "d", {"a": 4, "b": 4})
+    section = source(root, validation=0, test=0.5, memory_mb=memory_mb, workers=0, image_size=8)
+    dataset = data.load(section, 0)
+    images = dataset.test
+    for path in root.rglob("*.png"):
+        broken(path)
+    if memory_mb:
+        assert isinstance(images, Held)
+        images = Held(images.labels[:0], images.pixels[:0])
+    with pytest.raises(DataError, match=rf"not one of the {len(images)} images to evaluate can be read; repair them"):
+        list(data.eval_batches(dataset, images, 3, CPU))
 
 
 def test_training_images_are_normalised() -> None:
@@ -373,6 +464,93 @@ def test_limit_takes_every_class_evenly_after_the_split(limit: int) -> None:
     assert original(data.load(Data(memory_mb=0, limit=limit), 0).train) == original(some.train)
 
 
+# ---- fingerprint
+
+
+def test_fingerprint_is_of_the_images_and_their_parts(tmp_path: Path) -> None:
+    def of(root: Path, seed: int = 0, whole: bool = False, **keys: Any) -> str:
+        return data.load(source(root, **{"image_size": 8, "workers": 0} | keys), seed, whole=whole).fingerprint
+
+    root = class_folders(tmp_path / "d", {"a": 12, "b": 12})
+    plain = of(root)
+    assert re.fullmatch("[0-9a-f]{64}", plain)
+    assert of(root, memory_mb=0, workers=3, image_size=16, zoom=1.5, whole=True) == plain
+    elsewhere = shutil.copytree(root, tmp_path / "other/place")
+    assert of(elsewhere) == plain
+    broken(elsewhere / "a/1.png")
+    assert of(elsewhere) == plain
+    changed = [
+        of(root, seed=1),
+        of(root, limit=5),
+        of(root, limit=6),
+        of(root, validation=0),
+        of(root, validation=0.4),
+        of(root, test=0.4),
+    ]
+    shutil.copy(root / "a/1.png", root / "a/99.png")
+    changed.append(of(root))
+    changed.append(of(root, limit=5))
+    (root / "a/99.png").rename(root / "b/99.png")
+    changed.append(of(root))
+    (root / "b").rename(root / "c")
+    changed.append(of(root))
+    assert len({plain, *changed}) == 1 + len(changed)
+
+
+# ---- the test of another data set
+
+
+SEEN: dict[str, Any] = {"classes": ("ant", "bee", "cat"), "image_size": 8, "mean": (0.1, 0.2, 0.3), "std": (1, 2, 3)}
+
+
+@pytest.mark.parametrize("memory_mb", [0, 100])
+def test_load_test_has_all_images_of_a_set_without_test_split(tmp_path: Path, memory_mb: int) -> None:
+    root = photographs(tmp_path / "d", {"bee": 3, "cat": 2})
+    keys: dict[str, Any] = {"memory_mb": memory_mb, "limit": 1, "test": 0, "workers": 0, "zoom": 1.2}
+    dataset = data.load_test(source(root, **keys), **SEEN)
+    assert dataset.name == str(root)
+    assert {name: getattr(dataset, name) for name in SEEN} == SEEN
+    assert isinstance(dataset.test, Held if memory_mb else Stored)
+    assert dataset.train is dataset.test
+    assert dataset.validation is None
+    assert dataset.test.labels.tolist() == [1, 1, 1, 2, 2]
+    other = data.load_test(source(root, **keys | {"memory_mb": 100 - memory_mb}), **SEEN)
+    left, right = (list(data.eval_batches(d, d.test, 2, CPU)) for d in (dataset, other))
+    assert same(left, right)
+    assert dataset.fingerprint == other.fingerprint
+    fewer = data.load_test(source(class_folders(tmp_path / "one", {"cat": 2})), **SEEN)
+    assert fewer.test.labels.tolist() == [2, 2]
+    assert fewer.fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_load_test_has_the_test_split_alone(tmp_path: Path, val: bool) -> None:
+    class_folders(tmp_path / "d/train", {"ant": 4, "cat": 4})
+    class_folders(tmp_path / "d/test", {"cat": 3})
+    if val:
+        class_folders(tmp_path / "d/val", {"ant": 3})
+    assert data.load_test(source(tmp_path / "d", limit=1), **SEEN).test.labels.tolist() == [2, 2, 2]
+
+
+def test_load_test_maps_labels_by_name(tmp_path: Path) -> None:
+    kind = datasets.ClassLabel(names=["cat", "ant", "bee"])
+    parquet(tmp_path / "d/test.parquet", {"p": pictures(4), "label": [0, 1, 2, 0]}, p=PICTURE, label=kind)
+    dataset = data.load_test(source(tmp_path / "d"), **SEEN)
+    assert dataset.test.labels.tolist() == [2, 0, 1, 2]
+    assert isinstance(dataset.test, Held)
+    assert dataset.test.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_load_test_of_other_classes_is_an_error(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "the data", {"bee": 2, "dog": 2, "emu": 2})
+    with pytest.raises(DataError, match=r"the data: .* unknown classes dog, emu, expected are .* ant, bee, cat$"):
+        data.load_test(source(root), **SEEN)
+    for path in root.rglob("*.png"):
+        path.write_text("no image")
+    with pytest.raises(DataError, match="not one of its 6 test images can be read"):
+        data.load_test(source(root), **SEEN | {"classes": ("bee", "dog", "emu")})
+
+
 # ---- sources
 
 
@@ -404,6 +582,37 @@ def test_split_folder_called_test_is_preferred(tmp_path: Path) -> None:
     class_folders(tmp_path / "d/val", {"cat": 1})
     class_folders(tmp_path / "d/test", {"cat": 3})
     assert len(data.load(source(tmp_path / "d"), 0).test) == 3
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "valid"])
+def test_own_validation_split_folder(tmp_path: Path, name: str) -> None:
+    class_folders(tmp_path / "d/train", {"cat": 4, "dog": 4})
+    class_folders(tmp_path / f"d/{name}", {"cat": 1, "dog": 2})
+    class_folders(tmp_path / "d/test", {"cat": 3})
+    dataset = data.load(source(tmp_path / "d"), 0)
+    assert dataset.validation is not None
+    assert dataset.validation.labels.tolist() == [0, 1, 1]
+    assert (len(dataset.train), len(dataset.test)) == (8, 3)
+    without = data.load(source(tmp_path / "d", validation=0), 0)
+    assert without.validation is None
+    assert (len(without.train), len(without.test)) == (8, 3)
+
+
+@pytest.mark.parametrize(("secret", "carved"), [(False, False), (True, True)])
+def test_own_validation_split_of_a_table(tmp_path: Path, secret: bool, carved: bool) -> None:
+    splits = {"train": [0, 1] * 10, "validation": [-1] * 3 if secret else [1, 0, 2], "test": [1, 1]}
+    splits["train"] += [2]
+    for name, labels in splits.items():
+        columns = {"p": pictures(len(labels)), "label": labels}
+        parquet(tmp_path / f"d/{name}.parquet", columns, p=PICTURE, label=LABEL)
+    dataset = data.load(source(tmp_path / "d"), 0)
+    assert dataset.test.labels.tolist() == [1, 1]
+    assert dataset.validation is not None
+    assert sorted(dataset.validation.labels.tolist()) == ([0, 1] if carved else [0, 1, 2])
+    assert len(dataset.train) == (19 if carved else 21)
+    without = data.load(source(tmp_path / "d", validation=0), 0)
+    assert without.validation is None
+    assert len(without.train) == 21
 
 
 def test_class_folders_of_any_depth_and_extension(tmp_path: Path) -> None:
@@ -733,6 +942,11 @@ def make_empty_test(root: Path) -> None:
     (root / "test/a").mkdir(parents=True)
 
 
+def make_unknown_validation_class(root: Path) -> None:
+    for split, classes in (("train", "ab"), ("test", "ab"), ("val", "az")):
+        class_folders(root / split, dict.fromkeys(classes, 2))
+
+
 def make_table(
     labels: list[Any], kind: Any = LABEL, name: str = "label", split: str = "train"
 ) -> Callable[[Path], None]:
@@ -770,6 +984,18 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
     (make_empty_class, {}, "class folders without images: c; fill or remove them"),
     (make_unknown_test_class, {}, "test: classes without training images: zebra"),
     (make_empty_test, {}, "test: no images"),
+    (make_unknown_validation_class, {}, "val: classes without training images: z"),
+    (
+        lambda root: class_folders(root, {"train": 4, "test": 4}),
+        {},
+        r"its only folders are test, train, which are no classes; images must be in train/<class>/, and",
+    ),
+    (lambda root: class_folders(root, {"Train": 4, "Valid": 4}), {}, r"must be in train/<class>/"),
+    (
+        both(make_table([0, 1] * 3), make_table([0], split="test"), make_table([2], split="validation")),
+        {},
+        "validation split has classes without training images: emu",
+    ),
     (
         lambda root: class_folders(root, {"a": 4, "b": 4}),
         {"test": 0},
@@ -829,6 +1055,32 @@ def test_unknown_source(name: str) -> None:
         data.load(source(name), 0)
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_empty_source(name: str) -> None:
+    class_folders(Path(), {"a": 4, "b": 4})
+    with pytest.raises(DataError, match=r"^data.source is empty; allowed are digits"):
+        data.load(source(name), 0)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_source_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setenv("DDNN_DATA", str(tmp_path / "all"))
+    path = write(tmp_path / "all/group/images.png")
+    with pytest.raises(DataError, match=r"images.png': it is a file, not a folder; allowed are digits"):
+        data.load(source(path if absolute else "group/images.png"), 0)
+
+
+def test_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setenv("DDNN_DATA", str(tmp_path / "all"))
+    (tmp_path / "all/there").mkdir(parents=True)
+    Path("here").mkdir()
+    for name in ("here/mine", "there/mine"):
+        with pytest.raises(DataError, match=f"data.source='{name}': there is no such folder in the working folder or"):
+            data.load(source(name), 0)
+
+
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "d", {"a": 2, "b": 2})
     for path in root.rglob("*.png"):
@@ -837,6 +1089,8 @@ def test_no_readable_image_at_all(tmp_path: Path) -> None:
         data.load(source(root, validation=0), 0)
     with pytest.raises(DataError, match="not one of its 2 training images can be read"):
         data.load(source(root, validation=0, test=0.5, image_size=8), 0)
+    with pytest.raises(DataError, match="none of the training images looked at can be read"):
+        data.load(source(root, validation=0, test=0.5, image_size=8, memory_mb=0), 0)
 
 
 # ---- the real thing

@@ -89,9 +89,13 @@ def test_tree_is_bitwise_what_separate_forwards_give(preset: str, norm: str, hea
         assert torch.equal(outputs[name].logits, sub(x)), name
 
 
-@pytest.mark.parametrize(("norm", "head"), POLICIES)
-def test_gradients_of_the_tree_are_the_sum_of_separate_backwards(norm: str, head: str) -> None:
-    net = make("cifar-resnet8-14-20", norm, head).double().train()
+@pytest.mark.parametrize(
+    ("preset", "norm", "head"),
+    [("cifar-resnet8-14-20", *both) for both in POLICIES]
+    + [(preset, "private", "shared") for preset in ("resnet18-34", "resnet26-50")],
+)
+def test_gradients_of_the_tree_are_the_sum_of_separate_backwards(preset: str, norm: str, head: str) -> None:
+    net = make(preset, norm, head).double().train()
     separate = copy.deepcopy(net)
     x, target = images(4).double(), torch.tensor([0, 1, 2, 3])
     sum(nn.functional.cross_entropy(o.logits, target) for o in net(x).values()).backward()
@@ -221,6 +225,33 @@ def test_one_net_is_that_network() -> None:
     assert torch.equal(terms["resnet8/ce"], nn.functional.cross_entropy(plain(x), target))
 
 
+@pytest.mark.parametrize("preset", ["cifar-resnet8-14-20", "resnet18-34", "resnet26-50"])
+def test_one_net_of_every_family_reduces_to_cross_entropy(preset: str) -> None:
+    full_net, _ = build(preset, CLASSES, width=4)
+    plain = copy.deepcopy(full_net)
+    net = nest(full_net, {}, full_name="only")
+    x, target = images(4), torch.tensor([0, 1, 2, 3])
+    terms = EKD()(net(x), target)
+    assert list(terms) == ["only/ce"]
+    assert torch.equal(terms["only/ce"], nn.functional.cross_entropy(plain(x), target))
+
+
+@pytest.mark.parametrize("preset", ["cifar-resnet8-14-20", "resnet18-34", "resnet26-50"])
+def test_distillation_of_every_family_leaves_full_net_only_blocks_alone(preset: str) -> None:
+    net = make(preset).train()
+    terms = EKD()(net(images(4)), torch.tensor([0, 1, 2, 3]))
+    sum(v for k, v in terms.items() if k.endswith(("/kl", "/attention"))).backward()
+    used_by_sub_nets = {id(p) for name in list(net.depths)[:-1] for p in net.nets[name].parameters()}
+    only_full = [p for p in net.parameters() if id(p) not in used_by_sub_nets]
+    assert len(only_full) > 10
+    assert all(p.grad is None for p in only_full)
+
+
+def test_the_order_of_what_is_asked_for_does_not_matter() -> None:
+    net = make("cifar-resnet8-14-20")
+    assert list(net(images(), only=["resnet20", "resnet8"])) == ["resnet8", "resnet20"]  # the teacher stays last
+
+
 def test_only_runs_what_is_asked_for() -> None:
     net = make("cifar-resnet8-14-20").eval()
     x = images()
@@ -265,8 +296,8 @@ def test_stages_can_be_named() -> None:
         ({"odd": {"layer5": 2}}, "no stage 'layer5' in this full-net, which has layer1: 3"),
         ({"a": (2, 2, 2, 2), "b": (2, 2, 2, 2)}, "a and b are the same network"),
         ({"full": (2, 2, 2, 2)}, "has the full-net's name"),
-        ({"a.b": (2, 2, 2, 2)}, "can't name a sub-net"),
-        ({"keys": (2, 2, 2, 2)}, "can't name a sub-net"),
+        ({"a.b": (2, 2, 2, 2)}, "can't name a net"),
+        ({"training": (2, 2, 2, 2)}, "can't name a net"),
         ({"resnet50": (3, 4, 6, 3)}, "resnet50 is made of bottleneck blocks and this full-net of basic blocks"),
     ],
 )

@@ -33,6 +33,20 @@ def test_overrides_are_read_as_toml_or_text() -> None:
     assert recipe.optim.clip_norm is None
 
 
+@pytest.mark.parametrize("override", ["augment.crop=none", "augment.policy=none", 'augment.crop="none"'])
+def test_none_is_a_value_where_it_is_one(override: str) -> None:
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(load("digits", [override]), section), key) == "none"
+
+
+def test_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert load("digits", ["data.source=photos"]).data.source == str(tmp_path / "photos")
+    assert load("digits", ["data.source=cifar100"]).data.source == "cifar100"
+    assert load("digits", ["network.weights=w.pt"]).network.weights == tmp_path / "w.pt"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -42,6 +56,7 @@ def test_overrides_are_read_as_toml_or_text() -> None:
         ("optim.lr=fast", "optim.lr: input should be a valid number.* \\(given: 'fast'\\)"),
         ("optim.lr=-1", "optim.lr: input should be greater than 0 \\(given: -1\\)"),
         ("train.epochs=0", "train.epochs: input should be greater than or equal to 1"),
+        ("train.accumulate=64", "accumulate=64 leaves one image a part"),
         ("train.accumulate=3", "train: accumulate=3 does not divide batch_size=64"),
         ("objective.subnet_weight=-1", "objective.subnet_weight: input should be greater than or equal to 0"),
         ("network.subnets.a=[1,0]", "network.subnets.a.1: input should be greater than or equal to 1"),

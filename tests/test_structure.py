@@ -18,8 +18,8 @@ ORDER = [
     "data",
     "families",
     "network",
-    "build",
     "objective",
+    "build",
     "evaluate",
     "branchwise",
     "cost",
@@ -65,6 +65,24 @@ def test_importing_ddnn_is_light() -> None:
     code = "import ddnn, sys; print(any(m in sys.modules for m in ('torch', 'numpy', 'pydantic')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_ddnn_can_be_pickled_by_its_owner() -> None:
+    """For multiprocessing; what comes from a disk is never unpickled."""
+    import pickle
+
+    import torch
+
+    from ddnn.families import build
+
+    for preset in ("cifar-resnet8-14-20", "resnet18-34"):
+        full_net, table = build(preset, 5, width=4)
+        net = ddnn.nest(full_net, table).eval()
+        again = pickle.loads(pickle.dumps(net))
+        x = torch.randn(1, 3, 32, 32)
+        assert all(torch.equal(a.logits, b.logits) for a, b in zip(net(x).values(), again(x).values(), strict=True))
+        name = next(iter(net.depths))
+        assert next(again.nets[name].parameters()) is next(again.nets[again.full_name].parameters())
 
 
 def test_everything_public_is_there_and_documented() -> None:

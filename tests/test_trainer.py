@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from conftest import TINY, Quiet
 from ddnn import data, recipe, trainer
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
-from ddnn.errors import RunError
+from ddnn.errors import DDNNError, RunError
+from ddnn.evaluate import accuracy
 from ddnn.state import State
-from ddnn.trained import load_trained
+from ddnn.trained import evaluate_run, load_data, load_trained
 from ddnn.trainer import train, train_step
 
 Make = Callable[..., RunFolder]
@@ -60,7 +62,7 @@ def test_a_run_leaves_what_it_promises(tiny: Make) -> None:
     assert 0 < summary["step_cost"]["bound"] < 1
     assert RunFolder.open(run.path).recipe == run.recipe
     about = json.loads((run.path / "run.json").read_text())
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0] or about["versions"]["torch"]
+    assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert about["data"]["classes"] == [str(d) for d in range(10)]
     assert [epoch["epoch"] for epoch in run.metrics()] == [1, 2]
     assert set(run.metrics()[0]["terms"]) == {
@@ -217,6 +219,77 @@ def test_no_checkpoint_is_written_after_a_bad_loss(tiny: Make, monkeypatch: pyte
     assert kept["step"] == 6
 
 
+def test_weights_that_are_not_finite_are_never_kept(tiny: Make) -> None:
+    """One step with a rate so high that the next loss would tell, were there a next one."""
+    run = tiny("run", "data.limit=32", "train.epochs=1", "optim.lr=1e39", "schedule.name=constant")
+    with pytest.raises(RunError, match=r"the weights are no longer finite: nets\.resnet\S+ after step 1"):
+        train(run, Quiet())
+    assert not list(run.path.glob("checkpoints/*"))
+    assert not (run.path / "summary.json").exists()
+
+
+def test_changed_data_are_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for kind in ("a", "b"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / kind / f"{i}.png")
+    overrides = [f"data.source={folder}", "train.epochs=1", "train.batch_size=4", "network.width=4"]
+    run = RunFolder.create(tmp_path / "run", recipe.load("digits", overrides))
+    train(run, Quiet())
+    assert evaluate_run(run, None, torch.device("cpu"))["subnets"]
+    Image.new("RGB", (8, 8)).save(folder / "a" / "new.png")
+    with pytest.raises(RunError, match=r"have changed since the run in .* began"):
+        evaluate_run(run, None, torch.device("cpu"))
+    (run.path / "summary.json").unlink()
+    with pytest.raises(RunError, match=r"have changed since the run in .* began"):
+        train(RunFolder.open(run.path), Quiet())
+
+
+def test_a_recalibrated_run_validates_what_it_keeps(tiny: Make) -> None:
+    run = tiny("run", "network.norm=recalibrated", "data.validation=0.3", "augment.mixup=0.5")
+    summary = train(run, Quiet())
+    net, _ = load_trained(run)
+    assert net.calibrated
+    dataset = load_data(run.recipe)
+    batches = data.eval_batches(dataset, dataset.validation, 500, torch.device("cpu"))
+    assert accuracy(net, batches) == summary["validation"]
+
+
+def test_subnet_weights_must_name_the_sub_nets(tiny: Make) -> None:
+    run = tiny("run", "objective.subnet_weight.resnet8=1", "objective.subnet_weight.resnt14=1")
+    with pytest.raises(DDNNError, match="subnet_weight names resnet8, resnt14, but the sub-nets are"):
+        train(run, Quiet())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_within_rounding(tiny: Make) -> None:
+    runs = [tiny(f"compile-{flag}", f"train.compile={flag}", "train.epochs=1") for flag in ("false", "true")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        for run in runs:
+            train(run, Quiet())
+    eager, compiled = (run.metrics()[0]["terms"] for run in runs)
+    assert compiled == pytest.approx(eager, rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", ["plain", "mixed", "lean"])
+def test_on_a_gpu_a_run_repeats_and_resumes_bitwise(tiny: Make, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    monkeypatch.setattr(trainer, "LOOK_EVERY", 1)
+    whole, killed = (tiny(name, "train.device=cuda", *VARIANTS[variant]) for name in ("whole", "killed"))
+    train(whole, Quiet())
+
+    def kill(done: int) -> None:
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(killed, Quiet(kill))
+    train(RunFolder.open(killed.path), Quiet())
+    assert_bitwise(whole, killed)
+
+
 def make_state(*overrides: str) -> tuple[State, torch.Tensor, torch.Tensor]:
     chosen = recipe.load("digits", [*TINY, *overrides])
     torch.manual_seed(0)
@@ -272,9 +345,19 @@ def test_gradients_are_clipped() -> None:
     assert moved.item() == pytest.approx(0.001, rel=1e-2)
 
 
-def test_seconds_are_accounted_for(tiny: Make) -> None:
+def test_seconds_are_accounted_for_across_a_kill(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "LOOK_EVERY", 1)
+
+    def slow_then_killed(done: int) -> None:
+        time.sleep(0.05)
+        if done == 4:
+            raise Killed
+
     run = tiny("run")
-    train(run, Quiet())
+    with pytest.raises(Killed):
+        train(run, Quiet(slow_then_killed))
+    train(RunFolder.open(run.path), Quiet())
+    assert run.metrics()[0]["seconds"]["total"] > 3 * 0.05  # the sleeps before the checkpoint of step 3 and 2 more
     for epoch in run.metrics():
         parts = sum(spent for what, spent in epoch["seconds"].items() if what != "total")
         assert 0 < parts <= epoch["seconds"]["total"] + 0.01

@@ -6,7 +6,8 @@ forward and backward by itself, as long as what it has in common with others is 
 with the sum of their gradients. The full-net's branch goes first, because its output teaches the rest. What is held at
 any moment is one path from the stem to a head, which is about what the full-net alone would hold.
 
-The result is the same sum of the same gradients, added up in another order.
+The result is the same sum of the same gradients, added up in another order. Under the norm policy `shared`, whose
+running statistics depend on the order in which paths pass, these differ too.
 """
 
 from collections.abc import Callable
@@ -97,6 +98,7 @@ class _Walk:
             self.grow(branch, i, leaves[id(feature)], inside)
         # A stage that no loss looks at gets its gradient through the blocks after it only, and none of its own.
         wanted = [(ends[key], leaf.grad) for key, leaf in leaves.items() if leaf.grad is not None]
+        wanted = [(end, gradient) for end, gradient in wanted if end.requires_grad]  # a frozen stem wants none
         torch.autograd.backward([end for end, _ in wanted], [gradient for _, gradient in wanted])
 
     def _node(self, name: str, i: int) -> object:

@@ -1,29 +1,44 @@
 """From the `network` section of a recipe to a DDNN."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddnn import recipe
 from ddnn.errors import RecipeError
+from ddnn.families import PRESETS
 from ddnn.families import build as build_full_net
 from ddnn.network import DDNN, nest
+from ddnn.objective import EKD
+from ddnn.recipe import Network, Recipe
 
 
-def build(network: recipe.Network, num_classes: int) -> DDNN:
+def build(network: Network, num_classes: int) -> DDNN:
     """A DDNN as the recipe says, with fresh weights from the global random generator, or the recipe's `weights`."""
     full_net, table = build_full_net(network.name, num_classes, network.width)
     if network.weights is not None:
         load_weights(full_net, network.weights)
     subnets = table if network.subnets is None else network.subnets
-    name = network.name.rpartition("/")[2]
+    name = network.name.rpartition("/")[2] if network.name not in PRESETS else list(PRESETS[network.name].depths)[-1]
     net = nest(full_net, subnets, full_name=name, norm=network.norm, head=network.head)
     if network.alone is None:
         return net
-    return nest(net.subnet(network.alone), {}, full_name=network.alone, norm=network.norm, head=network.head)
+    if network.alone not in net.depths:
+        raise RecipeError(f"network.alone: no net {network.alone!r} in the table; it has {', '.join(net.depths)}")
+    return nest(
+        copy.deepcopy(net.nets[network.alone]), {}, full_name=network.alone, norm=network.norm, head=network.head
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Raise what is wrong with the recipe's networks, without their weights or data."""
+    net = build(recipe.network.model_copy(update={"weights": None}), num_classes=2)
+    objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
+    if len(net.depths) > 1:
+        objective.check(list(net.depths)[:-1])
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -56,13 +71,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RecipeError(f"network.weights: there is no file {path}") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RecipeError(f"network.weights: cannot read {path}: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        # torch raises pickle.UnpicklingError for what weights_only refuses
+    except pickle.UnpicklingError:
         raise RecipeError(
-            f"network.weights: {path} holds more than weights and is not loaded: {str(error).splitlines()[0]}"
+            f"network.weights: {path} is damaged or holds more than weights, and is not loaded; save a state dict"
         ) from None
+    except Exception:  # a damaged file can make the readers raise nearly anything
+        raise RecipeError(f"network.weights: {path} is damaged, or neither safetensors nor a PyTorch file") from None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise RecipeError(f"network.weights: {path} is not a state dict (names to tensors)")
     return weights

@@ -12,6 +12,7 @@ Every file is written beside its place, flushed to the disk and then renamed. No
 read with `weights_only`, weights with safetensors.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -54,7 +55,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
@@ -67,8 +69,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
-        """A new run folder; `RunError` if something is there already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """A new run folder; `RunError` if something is there already, but for the recipe of a run that never began."""
+        taken = not path.is_dir() if path.exists() else False
+        if taken or (path.is_dir() and any(f.name != "recipe.toml" for f in path.iterdir())):
             raise RunError(f"{path} exists already; give another --out, or go on with --resume {path}")
         write_atomic(path / "recipe.toml", recipe.to_toml().encode())
         return cls(path, recipe)
@@ -78,6 +81,9 @@ class RunFolder:
         """The run in this folder; `RunError` if it holds none."""
         if not (path / "recipe.toml").is_file():
             raise RunError(f"{path} is no run folder: it has no recipe.toml")
+        for torn in [*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")]:  # left by a kill in the middle of a write
+            with contextlib.suppress(OSError):
+                torn.unlink()
         return cls(path, recipes.load(path / "recipe.toml"))
 
     # -- small files --------------------------------------------------------------------------------------------

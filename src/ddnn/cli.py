@@ -62,6 +62,7 @@ def train(
     name = named[0] if named else "digits"
     chosen = None if resume else recipes.load(name, changes)  # mistakes show before the libraries are loaded
 
+    from ddnn.build import check
     from ddnn.checkpoint import RunFolder
     from ddnn.display import Display, make_console, subnet_table
     from ddnn.trainer import train as train_run
@@ -71,6 +72,7 @@ def train(
         assert resume is not None
         run = RunFolder.open(resume)
     else:
+        check(chosen)  # before there is a folder
         run = RunFolder.create(out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", chosen)
     console.print(f"run folder: {run.path}", markup=False)
     try:
@@ -81,7 +83,7 @@ def train(
         raise typer.Exit(130) from None
     cost = summary["step_cost"]
     console.print(subnet_table(summary["subnets"], "test set, last epoch", summary["latency"]))
-    if len(summary["subnets"]) > 1:
+    if cost is not None and cost["measured"] is not None:
         console.print(
             f"a joint step took {cost['measured']:.2f} of the time of training every net alone "
             f"(least possible by MACs: {cost['bound']:.2f})"
@@ -139,7 +141,9 @@ def compare(
     wanted = list(METHODS) if methods is None else [method.strip() for method in methods.split(",")]
     try:
         with ComparisonDisplay(console) as display:
-            result = run_comparison(out, chosen, wanted, seeds, display, workers)
+            result = run_comparison(
+                out, chosen, wanted, seeds, display, name=" ".join([Path(named[0]).stem, *changes]), workers=workers
+            )
     except KeyboardInterrupt:
         make_console(stderr=True).print("stopped; the same command goes on where it was", markup=False)
         raise typer.Exit(130) from None

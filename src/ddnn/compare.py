@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ddnn import recipe as recipes
-from ddnn.build import build
+from ddnn.build import build, check
 from ddnn.checkpoint import RunFolder, write_atomic
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import macs
@@ -121,18 +121,30 @@ class Watcher(Protocol):
         """A training ended."""
 
 
-def compare(folder: Path, recipe: Recipe, methods: list[str], seeds: int, watcher: Watcher, workers: int = 1) -> Path:
+def compare(
+    folder: Path,
+    recipe: Recipe,
+    methods: list[str],
+    seeds: int,
+    watcher: Watcher,
+    *,
+    name: str = "recipe.toml",
+    workers: int = 1,
+) -> Path:
     """Run what is missing of a comparison, `workers` trainings at a time, and return its `comparison.json`.
+
+    `name` is what the result calls the recipe.
 
     A training that fails does not stop the others; `RunError` names the failed ones at the end.
     """
-    _open(folder, recipe)
+    check(recipe)
     net = build(recipe.network.model_copy(update={"weights": None}), num_classes=2)
     jobs = plan(recipe, methods, seeds, folder.resolve() / "runs", list(net.depths))
+    _open(folder, recipe)
     by_name = {job.name: job for job in jobs}
     todo = [job for job in jobs if not _summary(folder, job)]
     failed: dict[str, str] = {}
-    collect(folder, recipe, jobs)
+    collect(folder, recipe, jobs, name)
     running: dict[Future[int], Job] = {}
     with ThreadPoolExecutor(workers) as pool:
         while todo or running:
@@ -150,7 +162,7 @@ def compare(folder: Path, recipe: Recipe, methods: list[str], seeds: int, watche
                 if future.result() or summary is None:
                     failed[job.name] = f"see {folder / 'runs' / job.name / 'log.txt'}"
                 else:
-                    collect(folder, recipe, jobs)
+                    collect(folder, recipe, jobs, name)
                     watcher.finished(job.name, summary)
             left = seconds_left(folder, jobs, failed)
             names = [job.name for job in running.values()]
@@ -223,14 +235,14 @@ def _cost(recipe: Recipe, size: int = 32, classes: int = 10) -> int:
     return _macs_per_image(recipe.network.model_dump_json(), recipe.objective.teacher is not None, size, classes)
 
 
-def collect(folder: Path, recipe: Recipe, jobs: list[Job]) -> dict[str, Any]:
+def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:
     """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null."""
     summaries = {job.name: _summary(folder, job) for job in jobs}
     done = {name: summary for name, summary in summaries.items() if summary}
     seeds = sorted({job.seed for job in jobs})
     content: dict[str, Any] = {
         "dataset": recipe.data.source,
-        "recipe": "recipe.toml",
+        "recipe": name,
         "seeds": [recipe.train.seed + seed for seed in seeds],
         "epochs": recipe.train.epochs,
         "complete": len(done) == len(jobs),
@@ -272,8 +284,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job]) -> dict[str, Any]:
             "runs": {str(recipe.train.seed + seed): [job.name for job in mine[seed]] for seed in seeds},
         }
     if done:
-        name, summary = next(iter(done.items()))
-        about = _about(folder, name)
+        first, summary = next(iter(done.items()))
+        about = _about(folder, first)
         content |= {"machine": about["machine"]["device"], "versions": about["versions"], "commit": about["commit"]}
         content["test_images"] = summary["dataset"]["test_images"]
     write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())

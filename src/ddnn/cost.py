@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ddnn.branchwise import branchwise_backward
 from ddnn.evaluate import macs, side_by_side
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -21,38 +22,60 @@ class StepCost(TypedDict):
     alone_macs: int
     """MACs of one image through every net by itself."""
     bound: float
-    """tree_macs / alone_macs: no joint step that computes every node can take a smaller share."""
-    measured: float
-    """Seconds of the joint step (forward, objective, backward) over the sum of those of the nets alone."""
+    """tree_macs / alone_macs: the share of work that sharing leaves; of time, too, where time goes with MACs."""
+    measured: float | None
+    """Seconds of the joint step (forward, objective, backward, not compiled) over the sum of those of the nets alone;
+    None where the memory did not suffice to measure it."""
 
 
 def step_cost(
-    net: DDNN, objective: EKD, x: Tensor, target: Tensor, *, bf16: bool = False, budget_s: float = 4.0
+    net: DDNN,
+    objective: EKD,
+    x: Tensor,
+    target: Tensor,
+    *,
+    bf16: bool = False,
+    lean: bool = False,
+    budget_s: float = 4.0,
 ) -> StepCost:
     """Measure on copies; `net` is left as it is. Times are medians of steps taken in turns."""
 
+    def autocast() -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
+
     def step(of: DDNN) -> Callable[[], None]:
         def run() -> None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                outputs = of(x)
-            sum(objective(outputs, target).values(), torch.zeros((), device=x.device)).backward()
+            if lean:
+                branchwise_backward(of, objective, x, target, autocast=autocast)
+            else:
+                with autocast():
+                    outputs = of(x)
+                torch.stack(list(objective(outputs, target).values())).sum().backward()
             of.zero_grad()
 
         return run
 
+    tree = macs(net, x.shape[-1])
+    separate = sum(macs(sub, x.shape[-1]) for sub in net.nets.values())
+    cost: StepCost = {"tree_macs": tree, "alone_macs": separate, "bound": tree / separate, "measured": None}
+    try:
+        seconds = _side_by_side(net, step, x, budget_s)
+    except torch.OutOfMemoryError:
+        return cost
+    joint = seconds.pop("joint")
+    return {**cost, "measured": joint / sum(seconds.values())}
+
+
+def _side_by_side(
+    net: DDNN, step: Callable[[DDNN], Callable[[], None]], x: Tensor, budget_s: float
+) -> dict[str, float]:
+    """Median seconds of the joint step and of that of every net alone."""
     joint = copy.deepcopy(net).train()
     alone = {
         name: nest(copy.deepcopy(sub), {}, full_name=name, family=net.family).train() for name, sub in net.nets.items()
     }
     rng = torch.get_rng_state()  # dropout draws from it
-    calls = {"": step(joint)} | {name: step(one) for name, one in alone.items()}
+    calls = {"joint": step(joint)} | {f"alone {name}": step(one) for name, one in alone.items()}
     seconds = {name: statistics.median(times) for name, times in side_by_side(calls, x.device, budget_s).items()}
     torch.set_rng_state(rng)
-    tree = macs(net, x.shape[-1])
-    separate = sum(macs(one, x.shape[-1]) for one in alone.values())
-    return {
-        "tree_macs": tree,
-        "alone_macs": separate,
-        "bound": tree / separate,
-        "measured": seconds.pop("") / sum(seconds.values()),
-    }
+    return seconds

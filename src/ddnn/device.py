@@ -14,7 +14,7 @@ def choose_device(wanted: str) -> torch.device:
     """`auto` is the GPU if there is one."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise RunError("train.device=cuda, but torch finds no GPU here; use train.device=auto or cpu")
+        raise RunError("device cuda is asked for, but torch finds no GPU here; use auto or cpu")
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 

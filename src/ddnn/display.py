@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from ddnn.network import DDNN
 class Display:
     """Progress bars on a terminal, one line per epoch anywhere else; a context manager."""
 
-    def __init__(self, console: Console, steps_per_epoch_hint: int = 0) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -41,7 +42,8 @@ class Display:
         validation = f", {len(dataset.validation)} validation" if dataset.validation is not None else ""
         self.console.print(
             f"{dataset.name}: {len(dataset.train)} training{validation}, {len(dataset.test)} test images of "
-            f"{dataset.image_size} px, {len(dataset.classes)} classes"
+            f"{dataset.image_size} px, {len(dataset.classes)} classes",
+            markup=False,
         )
         for reason in dataset.corrupt:
             self.console.print(f"skipped unreadable image {reason}", markup=False)
@@ -105,7 +107,7 @@ def _duration(seconds: float) -> str:
 
 def subnet_table(subnets: Mapping[str, Mapping[str, Any]], title: str, latency: str) -> Table:
     """The table a training ends with: one row per net, the full-net last."""
-    table = Table(title=title, caption=f"latency: {latency}", title_justify="left", caption_justify="left")
+    table = Table(title=escape(title), caption=f"latency: {latency}", title_justify="left", caption_justify="left")
     table.add_column("sub-net")
     table.add_column("depths")
     for heading in ("parameters", "MACs", "top-1 %", "top-5 %", "latency ms"):

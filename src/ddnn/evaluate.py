@@ -35,6 +35,8 @@ def evaluate(
     """Everything there is to say of every net, by name. Latency is that of the extracted sub-nets, batch 1."""
     scores = accuracy(net, batches)
     plain = {name: copy.deepcopy(sub).eval() for name, sub in net.nets.items()}
+    for sub in plain.values():
+        sub.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # however they were trained
     latencies = latency_ms(plain, image_size, device)
     return {
         name: {

@@ -73,19 +73,23 @@ class DDNN(nn.Module):
 
     def forward(self, x: Tensor, only: Iterable[str] | None = None) -> dict[str, Output]:
         """Run the tree of paths on images [N, C, H, W]."""
-        names = list(self.depths) if only is None else [self._known(name) for name in only]
+        wanted = set(self.depths if only is None else map(self._known, only))
+        names = [name for name in self.depths if name in wanted]
+        paths = {name: self.path(name) for name in names}
+        # Paths part only where a stage of one of them ends, so nothing else has to be kept for another path.
+        ends = {step.node for path in paths.values() for step in path if step.ends_stage}
         stem = self.stem(x)
         ran: dict[Node, Tensor] = {}
-        outputs = {}
-        for name in names:
-            feature, features = stem, []
-            for step in self.path(name):
-                if step.node not in ran:
-                    ran[step.node] = step.block(feature)
-                feature = ran[step.node]
-                if step.ends_stage:
-                    features.append(feature)
-            outputs[name] = Output(self.head_of(name, feature), tuple(features))
+        outputs: dict[str, Output] = {}
+        for name, path in paths.items():
+            common = max((agreement(self.depths[name], self.depths[other]) for other in outputs), default=0)
+            feature = ran[path[common - 1].node] if common else stem
+            for step in path[common:]:
+                feature = step.block(feature)
+                if step.node in ends:
+                    ran[step.node] = feature
+            features = tuple(ran[step.node] for step in path if step.ends_stage)
+            outputs[name] = Output(self.head_of(name, feature), features)
         return outputs
 
     def path(self, name: str) -> list["Step"]:
@@ -239,10 +243,7 @@ def _check(
     has = ", ".join(f"{stage}: {blocks}" for stage, blocks in zip(family.stages, full, strict=True))
     table: dict[str, Depths] = {}
     for name, given in subnets.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
-            raise NestingError(
-                f"{name!r} can't name a sub-net: use letters, digits, '-' and '_', no Python method's name"
-            )
+        _check_name(name)
         if objection := family.objection(full_net, name):
             raise NestingError(f"sub-net {name}: {objection}")
         if isinstance(given, Mapping):
@@ -267,7 +268,13 @@ def _check(
         table[name] = depths
     named = next((name for name, depths in table.items() if depths == full), None)
     if named is None:
+        _check_name(full_name)
         if full_name in table:
             raise NestingError(f"sub-net {full_name} has the full-net's name; give another full_name")
         return {**table, full_name: full}
     return {**{name: depths for name, depths in table.items() if name != named}, named: full}
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise NestingError(f"{name!r} can't name a net: use letters, digits, '-' and '_', and no word of torch's own")

@@ -11,7 +11,7 @@ For a batch, z_k the logits of net k, K the full-net, F_ks its feature at the en
 features of the same resolution); formulas and weights are this project's. With a single net, L is cross-entropy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -181,6 +181,17 @@ class EKD:
                     distance = _map_distance(student.features, teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * self.attention * distance
         return terms
+
+    def check(self, subnets: Iterable[str]) -> None:
+        """Raise `DDNNError` unless `subnet_weight`, where it is given by name, names these sub-nets and no others."""
+        if isinstance(self.subnet_weight, Mapping):
+            wanted = set(subnets)
+            surplus = [name for name in self.subnet_weight if name not in wanted]
+            missing = wanted - set(self.subnet_weight)
+            if surplus or missing:
+                raise DDNNError(
+                    f"subnet_weight names {', '.join(self.subnet_weight)}, but the sub-nets are {', '.join(wanted)}"
+                )
 
     def _weight(self, name: str) -> float:
         if not isinstance(self.subnet_weight, Mapping):

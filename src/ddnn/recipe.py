@@ -40,8 +40,12 @@ class Data(Section):
     """Column with the class labels; found by type if not named."""
     image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
     """Side in pixels of the square images given to the network; if not given, it follows from the data."""
+    zoom: Annotated[float, Field(ge=1, le=2)] = 1.0
+    """Evaluation resizes the shorter side to this many times the image size before the centre crop; 1.14 is usual
+    with `augment.crop=resized`."""
     validation: Fraction = 0.1
-    """Share of the training images set aside to judge hyper-parameters; 0 trains on all of them."""
+    """Share of the training images set aside to judge hyper-parameters; 0 trains on all of them. A validation split of
+    the data set's own, beside a test split, is used instead."""
     test: Fraction = 0.2
     """Share of the images kept for the test, only where the data set has no test split of its own."""
     limit: Count | None = None
@@ -184,6 +188,8 @@ class Train(Section):
             )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+        if self.batch_size == self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} leaves one image a part, too few for batch norm")
         return self
 
 
@@ -237,7 +243,22 @@ def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] =
         raise RecipeError(f"{place} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
-    return parse(tree, place)
+    return _placed(parse(tree, place))
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    """With paths that are there made absolute, so that a run can be gone on with from another working folder."""
+    changes: dict[str, dict[str, Any]] = {}
+    source = Path(recipe.data.source).expanduser()
+    if recipe.data.source not in ("", "digits") and source.is_dir():
+        changes["data"] = {"source": str(source.resolve())}
+    if recipe.network.weights is not None:
+        changes["network"] = {"weights": recipe.network.weights.expanduser().resolve()}
+    if recipe.objective.teacher is not None:
+        changes["objective"] = {"teacher": recipe.objective.teacher.expanduser().resolve()}
+    return recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
+    )
 
 
 def parse(tree: dict[str, Any], place: str = "recipe") -> Recipe:
@@ -273,7 +294,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if isinstance(value, str) and value.lower() == "none":
+    if text.strip().lower() == "none" and _may_be_none(keys):
         value = None
     node = tree
     for key in keys[:-1]:
@@ -281,6 +302,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"override {override!r}: {key} holds a value, not a section")
     node[keys[-1]] = value
+
+
+def _may_be_none(keys: list[str]) -> bool:
+    """Whether `none` stands for no value at this place; for some fields it is a value like others."""
+    section: Any = Recipe
+    for key in keys:
+        field = getattr(section, "model_fields", {}).get(key)
+        if field is None:
+            return False
+        section = field.annotation
+    return type(None) in get_args(section)
 
 
 def _explain(error: dict[str, Any], tree: dict[str, Any]) -> str:

@@ -89,19 +89,25 @@ class State:
     sums: Sums = field(default_factory=Sums)
     """Of the epoch that is going on."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Spent in this epoch, in all (`total`) and on what."""
+    banked: float = field(default_factory=time.perf_counter)
+    """Until when `total` is counted."""
 
     @classmethod
     def fresh(cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device) -> "State":
         """The state before the first step."""
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         net.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
+        if len(net.depths) > 1:
+            objective.check(list(net.depths)[:-1])
         optimizer = make_optimizer(net, recipe.optim)
         average = get_ema_multi_avg_fn(recipe.train.ema)
         return cls(
             recipe=recipe,
             net=net,
             forward=torch.compile(net) if recipe.train.compile else net,
-            objective=EKD(**recipe.objective.model_dump(exclude={"teacher"})),
+            objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
             ema=AveragedModel(net, multi_avg_fn=average, use_buffers=True) if recipe.train.ema else None,
@@ -118,7 +124,9 @@ class State:
 
     def dump(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        self.sums.look()  # a checkpoint never holds weights after a loss that was not finite
+        self.sums.look()
+        self.check_finite()  # a checkpoint never holds what can't be gone on from
+        self.bank()
         return {
             "step": self.step,
             "net": self.net.state_dict(),
@@ -147,6 +155,15 @@ class State:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
+    def check_finite(self) -> None:
+        """`RunError` if a weight or statistic is no longer a number: the loss tells of that only a step later."""
+        for name, tensor in self.kept_net.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise RunError(
+                    f"the weights are no longer finite: {name} after step {self.step}; the last good checkpoint is "
+                    "kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
+                )
+
     def autocast(self) -> torch.autocast:
         """What every piece of forward runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
@@ -158,7 +175,14 @@ class State:
         with torch.no_grad():
             return self.teacher(images, only=[self.teacher.full_name])[self.teacher.full_name]
 
+    def bank(self) -> None:
+        """Count the time until now into `total`."""
+        now = time.perf_counter()
+        self.seconds["total"] = self.seconds.get("total", 0.0) + now - self.banked
+        self.banked = now
+
     def take_seconds(self) -> dict[str, float]:
         """The seconds since they were last taken."""
+        self.bank()
         taken, self.seconds = self.seconds, {}
         return {what: round(spent, 3) for what, spent in taken.items()}

@@ -1,20 +1,23 @@
 """A finished run as a network: to evaluate it, or to take a sub-net out."""
 
-import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save as save_safetensors
+from torch import Tensor
 
 from ddnn import data
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, write_atomic
+from ddnn.data import DataSet
 from ddnn.device import threads
-from ddnn.errors import DataError, RunError
+from ddnn.errors import RunError
 from ddnn.evaluate import evaluate
 from ddnn.network import DDNN
+from ddnn.recipe import Recipe
 
 
 def load_trained(run: RunFolder) -> tuple[DDNN, dict[str, Any]]:
@@ -28,22 +31,50 @@ def load_trained(run: RunFolder) -> tuple[DDNN, dict[str, Any]]:
     return net.eval(), about
 
 
-def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> dict[str, Any]:
-    """Evaluate a finished run on its own test set, or on that of another data set with the same classes."""
-    net, about = load_trained(run)
-    trained = about["data"]
-    wanted = {"image_size": trained["image_size"]} | ({} if source is None else {"source": source})
-    dataset = data.load(run.recipe.data.model_copy(update=wanted), seed=0)
-    if len(dataset.classes) != len(trained["classes"]):
-        raise DataError(
-            f"{dataset.name} has {len(dataset.classes)} classes, the run in {run.path} was trained on "
-            f"{len(trained['classes'])}; evaluate on a data set with the same classes"
+def load_data(recipe: Recipe) -> DataSet:
+    """The recipe's data; the split is the same for all training seeds."""
+    return data.load(recipe.data, seed=0, whole=recipe.augment.crop == "resized")
+
+
+def check_same_data(run: RunFolder, dataset: DataSet) -> None:
+    """`RunError` if the data are not those the run began with: the split, and so the test set, would be others."""
+    about = run.read_json("run.json")
+    if about is not None and about["data"]["fingerprint"] != dataset.fingerprint:
+        raise RunError(
+            f"the data of {dataset.name} have changed since the run in {run.path} began, and with them what it is "
+            "trained and tested on; restore them or start a new run"
         )
-    dataset = dataclasses.replace(dataset, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
-    batches = data.eval_batches(dataset, dataset.test, run.recipe.train.eval_batch_size, device)
-    subnets = evaluate(net.to(device), batches, dataset.image_size, device)
+
+
+def eval_batches(
+    recipe: Recipe, dataset: DataSet, images: data.Images, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches to evaluate on, laid out in memory as in training."""
+    return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last)
+
+
+def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> dict[str, Any]:
+    """Evaluate a finished run on its own test set, or on all images of another data set with the same classes.
+
+    Of another data set that has a test split, on that.
+    """
+    net, about = load_trained(run)
+    recipe, trained = run.recipe, about["data"]
+    if source is None:
+        dataset = load_data(recipe)
+        check_same_data(run, dataset)
+    else:
+        other = recipe.data.model_copy(update={"source": source, "image_column": None, "label_column": None})
+        dataset = data.load_test(
+            other,
+            classes=tuple(trained["classes"]),
+            image_size=trained["image_size"],
+            mean=tuple(trained["mean"]),
+            std=tuple(trained["std"]),
+        )
+    batches = eval_batches(recipe, dataset, dataset.test, device)
     return {
-        "subnets": subnets,
+        "subnets": evaluate(net.to(device), batches, dataset.image_size, device),
         "dataset": {"source": dataset.name, "test_images": len(dataset.test)},
         "latency": f"batch 1, eager float32, {threads(device)}",
     }

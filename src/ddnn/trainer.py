@@ -31,7 +31,7 @@ from ddnn.evaluate import accuracy, evaluate
 from ddnn.network import DDNN, recalibrate
 from ddnn.recipe import Recipe
 from ddnn.state import State, Sums
-from ddnn.trained import load_trained
+from ddnn.trained import check_same_data, eval_batches, load_data, load_trained
 
 LOOK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 RECALIBRATION_BATCHES = 200
@@ -60,34 +60,37 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     recipe = run.recipe
     device = choose_device(recipe.train.device)
     make_deterministic(recipe.train.deterministic)
-    dataset = data.load(recipe.data, seed=0)  # the split is the same for all training seeds
+    dataset = load_data(recipe)
+    check_same_data(run, dataset)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)
-    state = State.fresh(recipe, build(recipe.network, len(dataset.classes)), steps, device)
+    kept = run.load_checkpoint()
+    network = recipe.network if kept is None else recipe.network.model_copy(update={"weights": None})
+    state = State.fresh(recipe, build(network, len(dataset.classes)), steps, device)
     if recipe.objective.teacher is not None:
         state.teacher = load_teacher(recipe.objective.teacher, dataset, device)
-    if kept := run.load_checkpoint():
+    if kept is not None:
         state.load(kept)
     run.write_json("run.json", describe(recipe, dataset, device))
     epochs = [epoch for epoch in run.metrics() if epoch["epoch"] <= state.step // steps]
 
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
-    with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step)) as events:
+    state.banked = time.perf_counter()
+    with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1)) as events:
         while state.step < recipe.train.epochs * steps:
-            with state.clock("total"):
-                train_epoch(state, dataset, run, progress)
-                metrics: dict[str, Any] = {"epoch": state.step // steps, "step": state.step, **state.sums.means()}
-                if dataset.validation is not None:
-                    with state.clock("evaluate"):
-                        batches = eval_batches(recipe, dataset, dataset.validation, device)
-                        metrics["validation"] = accuracy(state.kept_net, batches)
+            train_epoch(state, dataset, run, progress)
+            metrics: dict[str, Any] = {"epoch": state.step // steps, "step": state.step, **state.sums.means()}
+            if dataset.validation is not None:
+                with state.clock("evaluate"):
+                    batches = eval_batches(recipe, dataset, dataset.validation, device)
+                    metrics["validation"] = accuracy(state.kept_net, batches)
+            state.sums = Sums()
             metrics["seconds"] = state.take_seconds()
             metrics["memory_mb"] = round(memory.taken_mb(), 1)
             epochs.append(metrics)
             run.write_metrics(epochs)
             _write_events(events, metrics)
-            state.sums = Sums()
             run.save_checkpoint(state.step, state.dump())
             progress.epoch(metrics)
     return finish(run, state, dataset, epochs)
@@ -101,7 +104,13 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
     saved = time.monotonic()
     for x, target in _timed(batches, state):
         with state.clock("step"):
-            terms, logits = train_step(state, x, target)
+            try:
+                terms, logits = train_step(state, x, target)
+            except torch.OutOfMemoryError:
+                raise RunError(
+                    f"{state.device} has too little memory for this step; set train.lean=true, raise train.accumulate "
+                    "or lower train.batch_size"
+                ) from None
             state.sums.add(state.step, terms, logits, target)
         if state.step % LOOK_EVERY == 0 or state.step % steps == 0:
             state.sums.look()
@@ -160,12 +169,16 @@ def _lean_backward(
 def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str, Any]]) -> dict[str, Any]:
     """Recalibrate where the recipe says so, keep the weights, and touch the test set for the first and last time."""
     recipe, device, net = state.recipe, state.device, state.kept_net
+    state.check_finite()
     if recipe.network.norm == "recalibrated":
-        batches = data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device)
+        whole = recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0})
+        unmixed = recipe.model_copy(update={"augment": whole})
+        batches = data.train_batches(dataset, unmixed, epoch=recipe.train.epochs, device=device)
         recalibrate(net, (x for x, _ in itertools.islice(batches, RECALIBRATION_BATCHES)))
     digest = run.save_weights(net)
     x, target = next(data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device))
-    bf16 = recipe.train.precision == "bf16"
+    part = len(x) // recipe.train.accumulate  # no more at once than the run's own steps took
+    state.optimizer.state.clear()
     summary: dict[str, Any] = {
         "subnets": evaluate(net, eval_batches(recipe, dataset, dataset.test, device), dataset.image_size, device),
         "dataset": {"source": dataset.name, "test_images": len(dataset.test), "train_images": len(dataset.train)},
@@ -173,21 +186,23 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "seed": recipe.train.seed,
         "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
         "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
-        "step_cost": step_cost(net, state.objective, x, target, bf16=bf16) if len(net.depths) > 1 else None,
+        "step_cost": step_cost(
+            net,
+            state.objective,
+            x[:part],
+            target[:part],
+            bf16=recipe.train.precision == "bf16",
+            lean=recipe.train.lean,
+        )
+        if len(net.depths) > 1
+        else None,
         "latency": f"batch 1, eager float32, {threads(device)}",
         "weights_sha256": digest,
     }
-    if "validation" in epochs[-1]:
-        summary["validation"] = epochs[-1]["validation"]
+    if dataset.validation is not None:
+        summary["validation"] = accuracy(net, eval_batches(recipe, dataset, dataset.validation, device))
     run.write_json("summary.json", summary)
     return summary
-
-
-def eval_batches(
-    recipe: Recipe, dataset: DataSet, images: data.Images, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches to evaluate on, laid out in memory as in training."""
-    return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last)
 
 
 def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
@@ -209,6 +224,12 @@ def describe(recipe: Recipe, dataset: DataSet, device: torch.device) -> dict[str
             "source": dataset.name,
             "classes": list(dataset.classes),
             "image_size": dataset.image_size,
+            "images": {
+                "train": len(dataset.train),
+                "validation": 0 if dataset.validation is None else len(dataset.validation),
+                "test": len(dataset.test),
+            },
+            "fingerprint": dataset.fingerprint,
             "mean": list(dataset.mean),
             "std": list(dataset.std),
             "corrupt": list(dataset.corrupt),

@@ -85,9 +85,9 @@ def for_training(augment: Augment, size: int) -> v2.Transform:
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def for_evaluation(size: int) -> v2.Transform:
-    """PIL image in RGB to the middle of it, uint8 [3, size, size]."""
-    return v2.Compose([v2.Resize(round(size * 1.14)), v2.CenterCrop(size), v2.PILToTensor()])
+def for_evaluation(size: int, side: int) -> v2.Transform:
+    """PIL image in RGB, its shorter side resized to `side` pixels, to the middle of it: uint8 [3, size, size]."""
+    return v2.Compose([v2.Resize(side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -55,23 +55,29 @@ def train_batches(
 def eval_batches(
     dataset: DataSet, images: Images, batch_size: int, device: torch.device, channels_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order, unchanged but for the centre crop; the last batch may be smaller.
+    """Every image once, in order, unchanged but for the resizing and centre crop; the last batch may be smaller.
 
     Yields images, float32 [B, 3, S, S], and labels, int64 [B]. Images that cannot be read are left out; raises
-    `DataError` where they are too many.
+    `DataError` where they are too many, or all.
     """
     chosen = list(torch.arange(len(images)).split(batch_size))
     batches: Iterator[tuple[Tensor, Tensor]]
+    nothing_read = True
     if isinstance(images, Held):
         batches = ((index, images.pixels[index].to(device)) for index in chosen)
     else:
         assert isinstance(images, Stored)
-        transform = augment.for_evaluation(dataset.image_size)
+        transform = augment.for_evaluation(dataset.image_size, images.side)
         batches = _one_by_one(images, chosen, transform, images.workers, device, ())
     for index, pixels in batches:
         if len(index):
+            nothing_read = False
             x = augment.normalise(pixels, dataset.mean, dataset.std)
             yield _laid_out(x, channels_last), images.labels[index].to(device)
+    if nothing_read:
+        raise DataError(
+            f"data {dataset.name}: not one of the {len(images)} images to evaluate can be read; repair them"
+        )
 
 
 def _laid_out(x: Tensor, channels_last: bool) -> Tensor:

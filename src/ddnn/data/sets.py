@@ -1,18 +1,20 @@
 """A data set ready to train on: split by class, and either decoded into memory or left to be read by workers."""
 
+import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from statistics import median_low
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ddnn.data import decode, sources
-from ddnn.data.augment import stream
+from ddnn.data.augment import for_evaluation, stream
 from ddnn.data.sources import Labelled
 from ddnn.errors import DataError
 from ddnn.recipe import Data
@@ -47,11 +49,15 @@ class Held(Images):
 
 @dataclass(frozen=True, eq=False)
 class Stored(Images):
-    """Images left where they are, to be decoded by `workers` processes."""
+    """Images left where they are, to be decoded by `workers` processes.
+
+    `side`: pixels of the shorter side that evaluation resizes them to before the centre crop.
+    """
 
     files: Labelled
     skipped: decode.Skipped
     workers: int
+    side: int
 
     def picture(self, index: int) -> Image.Image:
         """One image in RGB, as large as it is stored. Raises `UnreadableError`."""
@@ -72,7 +78,7 @@ class DataSet:
     image_size: int
     """S: side in pixels of the square images given to the network."""
     mean: Colour
-    """Per channel, of the training images in [0, 1]; of a sample of them where they are not held in memory."""
+    """Per channel, of the training images in [0, 1]; of a sample of them where they are many."""
     std: Colour
     """As `mean`."""
     train: Images
@@ -81,37 +87,37 @@ class DataSet:
     test: Images
     corrupt: tuple[str, ...]
     """Unreadable images found at loading, as 'path: reason'."""
+    fingerprint: str
+    """Hex SHA-256 of the classes and of which images, with which labels, are in each part; wherever they lie."""
 
 
-def load(data: Data, seed: int) -> DataSet:
+def load(data: Data, seed: int, *, whole: bool = False) -> DataSet:
     """Find, split and, where they fit in `data.memory_mb`, decode the images.
 
     The split depends on the data, the fractions and `seed` alone. `data.limit` is applied to every part after the
-    split. Raises `DataError` for whatever makes the data set unusable.
+    split. With `whole`, training images that are not S x S already are never held in memory, where they would lose
+    what is outside the centre crop. Raises `DataError` for whatever makes the data set unusable.
     """
     found = sources.find(data)
+    sources.check_for_training(data, found)
     train, test, validation = found.train, found.test, None
     if test is None:
         if data.test == 0:
             raise DataError(f"data {data.source}: it has no test split of its own, so data.test must be above 0")
         train, test = _set_aside(data, train, "test", data.test, seed)
-    if data.validation > 0:
+    if data.validation > 0 and found.validation is not None:
+        validation = found.validation
+    elif data.validation > 0:
         train, validation = _set_aside(data, train, "validation", data.validation, seed)
     parts = {"training": train, "test": test} | ({"validation": validation} if validation else {})
     parts = {name: _limited(part, data.limit, seed, name) for name, part in parts.items()}
 
     skipped = decode.Skipped(data.source, data.corrupt_limit)
-    size = data.image_size or _usual_size(data, parts["training"], skipped)
-    hold = sum(len(part) for part in parts.values()) * 3 * size * size <= data.memory_mb * 2**20
-    images: dict[str, Images] = {}
-    for name, part in parts.items():
-        images[name] = _held(part, size, skipped) if hold else Stored(part.labels, part, skipped, data.workers)
-        if not len(images[name]):
-            raise DataError(f"data {data.source}: not one of its {len(part)} {name} images can be read")
-    measured = images["training"]
-    if not isinstance(measured, Held):
-        measured = _held(_spread(parts["training"], 1024), size, skipped)
-    mean, std = _mean_and_std(measured.pixels)
+    sizes = _sizes(data, parts["training"], skipped) if whole or not data.image_size else []
+    size = data.image_size or _usual_size(sizes)
+    stored = {"training"} if whole and any(each != (size, size) for each in sizes) else set()
+    images = _images(data, parts, size, skipped, stored)
+    mean, std = _mean_and_std(_measured(data, parts["training"], images["training"], size, skipped))
     return DataSet(
         name=data.source,
         classes=found.classes,
@@ -121,8 +127,74 @@ def load(data: Data, seed: int) -> DataSet:
         train=images["training"],
         validation=images.get("validation"),
         test=images["test"],
-        corrupt=tuple(f"{name}: {reason}" for name, reason in skipped.reasons.items()),
+        corrupt=_corrupt(skipped),
+        fingerprint=_fingerprint(found.classes, parts),
     )
+
+
+def load_test(data: Data, *, classes: tuple[str, ...], image_size: int, mean: Colour, std: Colour) -> DataSet:
+    """What a net trained on `classes` is evaluated on: all images of the test split or, without one, of the data set.
+
+    Labels are numbers of `classes`, by name. The validation part is None, and the training part is the test part.
+    Raises `DataError` where the data set has other classes than `classes`, though it need not have all of them.
+    """
+    found = sources.find(data.model_copy(update={"validation": 0.0}))
+    unknown = [name for name in found.classes if name not in classes]
+    if unknown:
+        raise DataError(
+            f"data {data.source}: it has the unknown classes {', '.join(unknown)}, expected are no others than "
+            f"{', '.join(classes)}"
+        )
+    part = found.train if found.test is None else found.test
+    numbers = torch.tensor([classes.index(name) for name in found.classes])
+    parts = {"test": Labelled(part.reader, part.index, numbers[part.labels])}
+    skipped = decode.Skipped(data.source, data.corrupt_limit)
+    test = _images(data, parts, image_size, skipped)["test"]
+    return DataSet(
+        name=data.source,
+        classes=classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        train=test,
+        validation=None,
+        test=test,
+        corrupt=_corrupt(skipped),
+        fingerprint=_fingerprint(classes, parts),
+    )
+
+
+def _images(
+    data: Data, parts: Mapping[str, Labelled], size: int, skipped: decode.Skipped, stored: set[str] | None = None
+) -> dict[str, Images]:
+    """Each part, in memory where they fit in `data.memory_mb` together; the parts called `stored` never are."""
+    held = parts.keys() - (stored or set())
+    if sum(len(parts[name]) for name in held) * 3 * size * size > data.memory_mb * 2**20:
+        held = set()
+    images: dict[str, Images] = {}
+    for name, part in parts.items():
+        side = size if name == "training" else round(size * data.zoom)
+        if name in held:
+            images[name] = _held(part, size, side, skipped)
+        else:
+            images[name] = Stored(part.labels, part, skipped, data.workers, side)
+        if not len(images[name]):
+            raise DataError(f"data {data.source}: not one of its {len(part)} {name} images can be read")
+    return images
+
+
+def _corrupt(skipped: decode.Skipped) -> tuple[str, ...]:
+    return tuple(f"{name}: {reason}" for name, reason in skipped.reasons.items())
+
+
+def _fingerprint(classes: tuple[str, ...], parts: Mapping[str, Labelled]) -> str:
+    """Of what is known before a single image is decoded."""
+    digest = sha256(json.dumps(classes).encode())
+    for name, part in parts.items():
+        digest.update(json.dumps([name, len(part), len(part.reader)]).encode())
+        for numbers in (part.labels, part.index):
+            digest.update(numbers.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _ranks(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -164,8 +236,8 @@ def _spread(images: Labelled, count: int) -> Labelled:
     return images.take(torch.linspace(0, len(images) - 1, min(count, len(images))).long())
 
 
-def _usual_size(data: Data, images: Labelled, skipped: decode.Skipped) -> int:
-    """The size that all of a sample have if they are square, else the median of their shorter sides; up to 224."""
+def _sizes(data: Data, images: Labelled, skipped: decode.Skipped) -> list[tuple[int, int]]:
+    """Width and height of a sample."""
     sizes = []
     for index in _spread(images, 256).index.tolist():
         try:
@@ -174,12 +246,17 @@ def _usual_size(data: Data, images: Labelled, skipped: decode.Skipped) -> int:
             skipped.add(images.reader.name(index), str(error))
     if not sizes:
         raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
+    return sizes
+
+
+def _usual_size(sizes: list[tuple[int, int]]) -> int:
+    """The size that all have if they are square, else the median of their shorter sides; up to 224."""
     return min(median_low(map(min, sizes)), 224)
 
 
-def _held(images: Labelled, size: int, skipped: decode.Skipped) -> Held:
-    """Decode into memory: shorter side to `size`, centre crop. Unreadable images are left out."""
-    fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> Held:
+    """Decode into memory: shorter side to `side`, centre crop to `size`. Unreadable images are left out."""
+    fit = for_evaluation(size, side)
     numbers = images.index.tolist()
     pixels = np.empty((len(numbers), 3, size, size), dtype=np.uint8)
     readable = torch.ones(len(numbers), dtype=torch.bool)
@@ -189,8 +266,8 @@ def _held(images: Labelled, size: int, skipped: decode.Skipped) -> Held:
         for place in places:
             try:
                 picture = decode.rgb(images.reader, numbers[place])
-                picture = picture if picture.size == (size, size) else fit(picture)
-                pixels[place] = np.asarray(picture).transpose(2, 0, 1)
+                fits = picture.size == (size, size) == (side, side)
+                pixels[place] = np.asarray(picture).transpose(2, 0, 1) if fits else fit(picture).numpy()
             except decode.UnreadableError as error:
                 failed.append((place, str(error)))
         return failed
@@ -207,6 +284,16 @@ def _held(images: Labelled, size: int, skipped: decode.Skipped) -> Held:
             raise
     kept = torch.from_numpy(pixels)
     return Held(images.labels[readable], kept if readable.all() else kept[readable])
+
+
+def _measured(data: Data, part: Labelled, images: Images, size: int, skipped: decode.Skipped) -> Tensor:
+    """Pixels of the training images, or of a sample where they are many: the same ones in memory or not."""
+    count = max(1024, 2**28 // (3 * size * size))  # all of CIFAR
+    if not isinstance(images, Held) or len(part) > count:
+        images = _held(_spread(part, count), size, size, skipped)
+    if not len(images):
+        raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
+    return images.pixels
 
 
 def _mean_and_std(pixels: Tensor) -> tuple[Colour, Colour]:

@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ddnn.errors import DataError
 from ddnn.recipe import Data
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
-TEST_SPLITS = ("test", "validation", "val", "valid")
+VALIDATION_SPLITS = ("validation", "val", "valid")
+TEST_SPLITS = ("test", *VALIDATION_SPLITS)
 LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target")
 ALLOWED = (
     "digits, cifar10, cifar100, a folder of class folders or parquet files (also by its name within $DDNN_DATA), "
@@ -45,11 +46,15 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set as it is found; `test` is None where it has no test split of its own."""
+    """A data set as it is found; `test` is None where it has no test split of its own.
+
+    `validation` is None where it has no validation split beside the test split, or where `data.validation` is 0.
+    """
 
     classes: tuple[str, ...]
     train: Labelled
-    test: Labelled | None
+    test: Labelled | None = None
+    validation: Labelled | None = None
 
 
 def find(data: Data) -> Source:
@@ -57,37 +62,52 @@ def find(data: Data) -> Source:
     name = data.source
     if name == "digits":  # embedded: a run folder that is called digits too must not take its place
         return _digits()
-    folder = _folder(name)
+    if not name.strip():
+        raise DataError(f"data.source is empty; allowed are {ALLOWED}")
+    folder = next((place for place in _places(name) if place.is_dir()), None)
     if folder is not None:
         has_parquet = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
-        return _parquet(folder, data) if has_parquet else _class_folders(folder)
+        return _parquet(folder, data) if has_parquet else _class_folders(folder, data)
+    if any(place.is_file() for place in _places(name)):
+        raise DataError(f"data.source={name!r}: it is a file, not a folder; allowed are {ALLOWED}")
     if name in ("cifar10", "cifar100"):
         return _cifar(name)
-    if re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", name):
+    mistyped = any(place.is_dir() for place in _places(name.partition("/")[0]))  # a path, not somebody on the hub
+    if re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", name) and not mistyped:
         return _hub(name, data)
     looked = f" in the working folder or in $DDNN_DATA ({os.environ.get('DDNN_DATA') or 'not set'})"
     absent = f"there is no such folder{'' if Path(name).is_absolute() else looked}"
     raise DataError(f"data.source={name!r}: {absent}; allowed are {ALLOWED}")
 
 
-def _folder(name: str) -> Path | None:
-    """The folder of that name: as a path, else within $DDNN_DATA."""
+def _places(name: str) -> list[Path]:
+    """Where that name may lie: as a path, then within $DDNN_DATA."""
     places = [Path(os.path.expanduser(name))]  # Path.expanduser fails where there is no such user
     if os.environ.get("DDNN_DATA"):
         places.append(Path(os.path.expanduser(os.environ["DDNN_DATA"]), name))
-    return next((place for place in places if place.is_dir()), None)
+    return places
 
 
-def _source(place: str, classes: tuple[str, ...], train: Labelled, test: Labelled | None) -> Source:
-    """Check what holds for every source, and make it one."""
-    known = set(train.labels.tolist())
+def check_for_training(data: Data, found: Source) -> None:
+    """Raises `DataError` where there is nothing to tell apart, or where a split has classes that cannot be learned."""
+    known = set(found.train.labels.tolist())
     if len(known) < 2:
-        raise DataError(f"data {place}: the training images are of {len(known)} class, at least 2 are needed")
-    strange = sorted(set(test.labels.tolist()) - known) if test else []
-    if strange:
-        names = ", ".join(classes[label] for label in strange)
-        raise DataError(f"data {place}: the test split has classes without training images: {names}")
-    return Source(classes, train, test)
+        raise DataError(f"data {data.source}: the training images are of {len(known)} class, at least 2 are needed")
+    for name, part in (("test", found.test), ("validation", found.validation)):
+        strange = sorted(set(part.labels.tolist()) - known) if part else []
+        if strange:
+            names = ", ".join(found.classes[label] for label in strange)
+            raise DataError(f"data {data.source}: the {name} split has classes without training images: {names}")
+
+
+def _test_and_validation(
+    names: list[str], read: Callable[[str], Labelled | None], data: Data
+) -> tuple[Labelled | None, Labelled | None]:
+    """The first split with labels is the test; after one called test, the next is for validation. Reads no others."""
+    found = ((name, part) for name, part in ((name, read(name)) for name in names) if part is not None)
+    name, test = next(found, ("", None))
+    own = name == "test" and data.validation > 0
+    return test, next(found, ("", None))[1] if own else None
 
 
 # ---- arrays: digits, CIFAR as torchvision downloads it
@@ -119,7 +139,7 @@ def _digits() -> Source:
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 as stored
     images = _Pixels(np.repeat(grey[..., None], 3, axis=3))
-    return _source("digits", tuple(map(str, digits.target_names)), _labelled(images, digits.target), None)
+    return Source(tuple(map(str, digits.target_names)), _labelled(images, digits.target))
 
 
 def _cifar(name: str) -> Source:
@@ -136,7 +156,7 @@ def _cifar(name: str) -> Source:
             f"to a folder that holds {name}/ with class folders or parquet files"
         ) from error
     train, test = (_labelled(_Pixels(part.data), part.targets) for part in parts)
-    return _source(name, tuple(parts[0].classes), train, test)
+    return Source(tuple(parts[0].classes), train, test)
 
 
 # ---- class folders
@@ -156,7 +176,7 @@ class _Files:
         return Image.open(self.paths[index], formats=FORMATS)
 
 
-def _class_folders(root: Path) -> Source:
+def _class_folders(root: Path, data: Data) -> Source:
     split = bool(_subfolders(root / "train"))  # but a class may be called train, too
     found = _images_by_class(root / "train" if split else root)
     if not any(found.values()):
@@ -164,21 +184,28 @@ def _class_folders(root: Path) -> Source:
             f"data {root}: no images ({' '.join(EXTENSIONS)}) in class folders and no parquet files; allowed are "
             "<class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg, or *.parquet"
         )
+    if not split and all(name.lower() in ("train", *TEST_SPLITS) for name in found):
+        raise DataError(
+            f"data {root}: its only folders are {', '.join(found)}, which are no classes; images must be in "
+            "train/<class>/, and those of other splits in test/<class>/ or val/<class>/"
+        )
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
     classes = tuple(found)
-    train, test = _files(found, classes), None
-    test_folder = next((root / name for name in TEST_SPLITS if split and _subfolders(root / name)), None)
-    if test_folder:
-        found = {name: paths for name, paths in _images_by_class(test_folder).items() if paths}
-        strange = [name for name in found if name not in classes]
-        if strange:
-            raise DataError(f"data {test_folder}: classes without training images: {', '.join(strange)}")
-        if not found:
-            raise DataError(f"data {test_folder}: no images ({' '.join(EXTENSIONS)}) in its class folders")
-        test = _files(found, classes)
-    return _source(str(root), classes, train, test)
+    others = [name for name in TEST_SPLITS if split and _subfolders(root / name)]
+    parts = _test_and_validation(others, lambda name: _split_folder(root / name, classes), data)
+    return Source(classes, _files(found, classes), *parts)
+
+
+def _split_folder(folder: Path, classes: tuple[str, ...]) -> Labelled:
+    found = {name: paths for name, paths in _images_by_class(folder).items() if paths}
+    strange = [name for name in found if name not in classes]
+    if strange:
+        raise DataError(f"data {folder}: classes without training images: {', '.join(strange)}")
+    if not found:
+        raise DataError(f"data {folder}: no images ({' '.join(EXTENSIONS)}) in its class folders")
+    return _files(found, classes)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -200,7 +227,8 @@ def _images_under(folder: Path) -> list[Path]:
 
 
 def _files(found: Mapping[str, list[Path]], classes: tuple[str, ...]) -> Labelled:
-    labels = [classes.index(name) for name, paths in found.items() for _ in paths]
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[name] for name, paths in found.items() for _ in paths]
     return _labelled(_Files([path for paths in found.values() for path in paths]), labels)
 
 
@@ -274,14 +302,15 @@ def _tables(place: str, splits: Mapping[str, Any], data: Data) -> Source:
     known = list(range(len(names))) if names else sorted(set(values))
     classes = tuple(names) if names else tuple(map(str, known))
     train = _rows(place, train_name, splits[train_name], image, values, known)
-    for name in TEST_SPLITS:
-        if name not in splits or name == train_name:
-            continue
+
+    def read(name: str) -> Labelled | None:
         values = _label_values(place, name, splits[name], label, names)
         if values is None:  # the way of the hub to keep a test secret
-            continue
-        return _source(place, classes, train, _rows(place, name, splits[name], image, values, known))
-    return _source(place, classes, train, None)
+            return None
+        return _rows(place, name, splits[name], image, values, known)
+
+    others = [name for name in TEST_SPLITS if name in splits and name != train_name]
+    return Source(classes, train, *_test_and_validation(others, read, data))
 
 
 def _image_column(place: str, features: Mapping[str, Any]) -> str:

@@ -38,9 +38,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, classes]."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return _head(self, self.layer3(self.layer2(self.layer1(_stem(self, x)))))
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
@@ -56,12 +54,24 @@ def resnet(layers: int, *, num_classes: int, width: int = 16) -> CifarResNet:
     return CifarResNet(depths(layers), num_classes, width)
 
 
+def _matches(net: nn.Module) -> bool:
+    return isinstance(net, CifarResNet)
+
+
+def _stem(net: CifarResNet, x: Tensor) -> Tensor:
+    return net.relu(net.bn1(net.conv1(x)))
+
+
+def _head(net: CifarResNet, feature: Tensor) -> Tensor:
+    return net.fc(torch.flatten(net.avgpool(feature), 1))
+
+
 FAMILY = Family(
     name="CIFAR ResNet",
-    matches=lambda net: isinstance(net, CifarResNet),
+    matches=_matches,
     stages=("layer1", "layer2", "layer3"),
-    stem=lambda net, x: net.relu(net.bn1(net.conv1(x))),
-    head=lambda net, feature: net.fc(torch.flatten(net.avgpool(feature), 1)),
+    stem=_stem,
+    head=_head,
     after_stages=("avgpool", "fc"),
     classifier="fc",
 )

@@ -48,9 +48,13 @@ def _objection(net: nn.Module, name: str) -> str | None:
     )
 
 
+def _matches(net: nn.Module) -> bool:
+    return isinstance(net, ResNet)
+
+
 FAMILY = Family(
     name="torchvision ResNet",
-    matches=lambda net: isinstance(net, ResNet),
+    matches=_matches,
     stages=("layer1", "layer2", "layer3", "layer4"),
     stem=_stem,
     head=_head,

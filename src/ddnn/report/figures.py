@@ -1,5 +1,6 @@
 """What figures show. Each function makes one, or None where there are no numbers for it."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -55,9 +56,12 @@ def accuracy(summary: Summary, against: Literal["macs", "latency_ms"]) -> "Figur
     figure = new_figure(5.4, 4.3 + 0.2 * math.ceil(len(methods) / 2))
     axes = figure.subplots()
     span = (max(at.values()) - min(at.values())) or max(at.values()) or 1.0
+    # Points of one net are set apart, but not into the next net's.
+    gap = min((b - a for a, b in itertools.pairwise(at.values())), default=span)
+    step = min(0.009 * span, 0.6 * gap / len(methods))
     for place, method in enumerate(methods):
         rows = {net: row for net in at if (row := summary.row(method, net)) and row.mean is not None}
-        aside = (place + 1) // 2 * (-1) ** place * 0.009 * span  # the first in its place, the rest left and right of it
+        aside = (place + 1) // 2 * (-1) ** place * step  # the first in its place, the rest left and right of it
         std = [math.nan if row.std is None else 100 * row.std for row in rows.values()]
         axes.errorbar(
             [at[net] + aside for net in rows],

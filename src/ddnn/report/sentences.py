@@ -42,7 +42,7 @@ def verdicts(summary: Summary) -> list[Verdict]:
 def _verdict(summary: Summary, net: str) -> Verdict:
     kind, text = _judge(summary, net)
     best = summary.best(net)
-    other = f"Highest mean: {label(best.method)}, {percent(best.mean)} %" if best and best.method != HERO else None
+    other = f"Highest mean: {label(best.method)}, {percent(best.mean)}%" if best and best.method != HERO else None
     return Verdict(net + (" (full-net)" if net == summary.nets[-1] else ""), kind, text, other)
 
 
@@ -136,9 +136,9 @@ def notes(summary: Summary) -> list[str]:
             "seed; their 95% confidence intervals follow Student's t, are not corrected for the number of "
             "comparisons, and speak of the variation between seeds on this one test set."
         )
-    best = [row.mean for row in summary.rows if row.mean is not None]
-    if comparison.test_images and best:
-        middle = sorted(best)[len(best) // 2]
+    means = [row.mean for row in summary.rows if row.mean is not None]
+    if comparison.test_images and means:
+        middle = sorted(means)[len(means) // 2]
         error = (middle * (1 - middle) / comparison.test_images) ** 0.5
         found.append(
             f"Another test set of {comparison.test_images:,} images would move an accuracy by about "

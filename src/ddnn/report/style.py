@@ -62,6 +62,7 @@ def panels_of(
     columns = min(3, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = new_figure({1: 5.4, 2: 7.6, 3: 9.6}[columns], rows * row_height + below)
+    figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.1 if rows > 1 else 0.04)  # inches; ticks end at corners
     grid = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False)
     places = list(grid.flat)
     for axes, text in zip(places, titles, strict=False):

@@ -13,11 +13,11 @@ NOTHING = "\N{EM DASH}"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: the number, what belongs to it, and whether it is the best of its column."""
+    """One cell: the number, what belongs to it, and whether to stress it."""
 
     text: str
     detail: str = ""
-    best: bool = False
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def accuracy_table(summary: Summary) -> Table:
     rows = []
     for method in summary.methods:
         cells = [_accuracy(summary, row) for net in summary.nets if (row := summary.row(method, net))]
-        rows.append([Cell(label(method)), *cells])
+        rows.append([_head(method), *cells])
     return Table(["method", *(_net(summary, net) for net in summary.nets)], rows)
 
 
@@ -48,7 +48,7 @@ def _accuracy(summary: Summary, row: Row) -> Cell:
             details.append(f"CI {points(row.difference.low)} to {points(row.difference.high)}")
     if row.n < len(summary.comparison.seeds):
         details.append(f"{row.n} of {len(summary.comparison.seeds)} seeds")
-    return Cell(text, ", ".join(details), best=row is summary.best(row.net))
+    return Cell(text, ", ".join(details), strong=row is summary.best(row.net))
 
 
 def cost_table(summary: Summary) -> Table:
@@ -56,7 +56,7 @@ def cost_table(summary: Summary) -> Table:
     show = {"seconds": _duration, "macs_per_step": _short, "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB"}
     rows = []
     for cost in summary.costs:
-        cells = [Cell(label(cost.method))]
+        cells = [_head(cost.method)]
         for what in COSTS:
             value, ratio = cost.absolute[what], cost.relative[what]
             text = NOTHING if value is None else show[what](value)
@@ -75,6 +75,10 @@ def net_table(summary: Summary) -> Table:
             cells = [Cell(depths), Cell(_short(net.params)), Cell(_short(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
         rows.append([Cell(_net(summary, name)), *cells])
     return Table(["net", "depths", "parameters", "MACs per image", "latency of one image"], rows)
+
+
+def _head(method: str) -> Cell:
+    return Cell(label(method), strong=method == sentences.HERO)
 
 
 def _net(summary: Summary, net: str) -> str:
@@ -113,7 +117,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = f"**{escape(cell.text)}**" if cell.best else escape(cell.text)
+    text = f"**{escape(cell.text)}**" if cell.strong else escape(cell.text)
     return text + (f" ({escape(cell.detail)})" if cell.detail else "")
 
 
@@ -137,5 +141,5 @@ def _duration(seconds: float) -> str:
 def _short(number: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{number:.0f}"

@@ -1,0 +1,227 @@
+"""What a joint training step costs, as ratios measured side by side in one run.
+
+    python benchmarks/step.py                              # a table, all presets
+    python benchmarks/step.py --preset cifar-resnet8-14-20 --json
+
+Every step is forward, objective, backward and optimiser, in turns with the others, so that a change of the machine's
+speed meets them all; ratios are those of medians. Let nothing else run meanwhile.
+
+joint_over_alone    joint EKD step / sum of the steps of the same networks trained alone
+tree_bound          MACs of the tree / MACs of the networks alone: what joint_over_alone could be at best
+ekd_over_joint      EKD step / joint step with cross-entropy only
+joint_over_loop     joint step / plain loop of forwards and backwards over the same tied networks, cross-entropy only
+loop_bound          MACs of the tree / MACs of that loop
+lean_memory         peak memory of the lean EKD step / that of a step of the full-net alone: parameters, gradients,
+                    optimiser state and everything allocated during the step
+lean_time           lean EKD step / plain EKD step
+subnet_over_library extracted sub-nets / the library's own networks, eager inference, batch 1, geometric mean
+compiled_over_eager joint EKD step with a compiled forward / without, after warm-up
+recompiles          compilations after warm-up
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ddnn.branchwise import branchwise_backward
+from ddnn.evaluate import macs, side_by_side
+from ddnn.families import FULL_NETS, PRESETS, build
+from ddnn.families.cifar_resnet import resnet as cifar_resnet
+from ddnn.network import DDNN, nest
+from ddnn.objective import EKD
+from ddnn.optimizer import make_optimizer
+from ddnn.recipe import Optim
+
+CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    batch: int
+
+
+CASES = {
+    "cifar-resnet8-14-20": Case(size=32, batch=128),
+    "resnet18-34-50-basic": Case(size=64, batch=32),
+    "resnet50-101-152": Case(size=64, batch=16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=CASES, help="one of them alone")
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--seconds", type=float, default=25.0, help="to measure one preset for (default: 25)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {
+        name: measure(name, device, arguments.precision == "bf16", arguments.seconds)
+        for name in ([arguments.preset] if arguments.preset else CASES)
+    }
+    machine = {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "precision": arguments.precision,
+        "torch": torch.__version__,
+    }
+    if arguments.json:
+        print(json.dumps({"presets": results, "machine": machine}, indent=2))
+        return
+    table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()))
+    table.add_column("figure")
+    for name in results:
+        table.add_column(name, justify="right")
+    for figure in next(iter(results.values())):
+        table.add_row(figure, *(f"{row[figure]:.3f}" for row in results.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> dict[str, float]:
+    case = CASES[preset]
+    torch.manual_seed(0)
+    full_net, table = build(preset, CLASSES)
+    net = nest(full_net, table).to(device, memory_format=torch.channels_last).train()
+    x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
+    target = torch.randint(CLASSES, (case.batch,), device=device)
+    ekd, joint = EKD(), EKD(kl=0.0, attention=0.0)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
+        optimizer = make_optimizer(of, Optim(lr=1e-4))
+
+        def step() -> None:
+            backward(of)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def plain(objective: EKD, forward: Callable[[Tensor], object] | None = None) -> Callable[[DDNN], None]:
+        def backward(of: DDNN) -> None:
+            with autocast():
+                outputs = (forward or of)(x)
+            torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
+
+        return backward
+
+    def loop(of: DDNN) -> None:
+        for one in of.nets.values():
+            with autocast():
+                logits = one(x)
+            nn.functional.cross_entropy(logits.float(), target).backward()
+
+    def lean(of: DDNN) -> None:
+        branchwise_backward(of, ekd, x, target, autocast=autocast)
+
+    alone = {name: nest(net.subnet(name), {}, full_name=name).train() for name in net.depths}
+    compiled = copy.deepcopy(net)
+    counters = torch._dynamo.utils.counters
+    calls = {
+        "ekd": stepping(copy.deepcopy(net), plain(ekd)),
+        "joint": stepping(copy.deepcopy(net), plain(joint)),
+        "loop": stepping(copy.deepcopy(net), loop),
+        "lean": stepping(copy.deepcopy(net), lean),
+        "compiled": stepping(compiled, plain(ekd, torch.compile(compiled))),
+        **{f"alone {name}": stepping(one, plain(ekd)) for name, one in alone.items()},
+    }
+    for _ in range(3):
+        calls["compiled"]()
+    before = counters["stats"]["unique_graphs"]
+    times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
+    sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))
+    tree = macs(net, case.size) / sum(macs(sub, case.size) for sub in net.nets.values())
+    return {
+        "joint_over_alone": times["ekd"] / sum_alone,
+        "tree_bound": tree,
+        "ekd_over_joint": times["ekd"] / times["joint"],
+        "joint_over_loop": times["joint"] / times["loop"],
+        "loop_bound": tree,
+        "lean_memory": peak_bytes(net, calls["lean"], device)
+        / peak_bytes(alone[net.full_name], calls[f"alone {net.full_name}"], device),
+        "lean_time": times["lean"] / times["ekd"],
+        "subnet_over_library": subnet_over_library(preset, net, case.size, device),
+        "compiled_over_eager": times["compiled"] / times["ekd"],
+        "recompiles": counters["stats"]["unique_graphs"] - before,
+    }
+
+
+def peak_bytes(of: DDNN, step: Callable[[], None], device: torch.device) -> int:
+    """Most bytes held in a step: what stays (parameters, momentum, buffers) and what the step allocates on top."""
+    stays = 2 * sum(p.numel() * p.element_size() for p in of.parameters())
+    stays += sum(b.numel() * b.element_size() for b in of.buffers())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return stays + torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return stays + peak
+
+
+def subnet_over_library(preset: str, net: DDNN, size: int, device: torch.device) -> float:
+    """Batch-1 inference of each extracted sub-net against the library's own network; 1 means no price."""
+    x = torch.randn(1, 3, size, size, device=device)
+
+    def call(one: nn.Module) -> Callable[[], object]:
+        return lambda: one(x)
+
+    ratios = []
+    for name in net.depths:
+        pair = {
+            "ours": call(net.subnet(name).to(device).eval()),
+            "library": call(library(preset, name).to(device).eval()),
+        }
+        with torch.inference_mode():
+            times = side_by_side(pair, device, budget_s=2.0)
+        ratios.append(statistics.median(times["ours"]) / statistics.median(times["library"]))
+    return statistics.geometric_mean(ratios)
+
+
+def library(preset: str, name: str) -> nn.Module:
+    """The library's own network of that name; where it has none, the same class built to these depths."""
+    if preset.startswith("cifar"):
+        return cifar_resnet(int(name.removeprefix("resnet")), num_classes=CLASSES)
+    if hasattr(torchvision.models, name):
+        one: nn.Module = getattr(torchvision.models, name)(num_classes=CLASSES)
+        return one
+    return FULL_NETS[f"torchvision/{name}"](num_classes=CLASSES, width=None)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    assert set(CASES) <= set(PRESETS)
+    main()
