@@ -174,6 +174,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         whole = recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0})
         unmixed = recipe.model_copy(update={"augment": whole})
         batches = data.train_batches(dataset, unmixed, epoch=recipe.train.epochs, device=device)
+        torch.manual_seed(stream_key(recipe.train.seed, "recalibrate"))  # for dropout and the like
         recalibrate(net, (x for x, _ in itertools.islice(batches, RECALIBRATION_BATCHES)))
     digest = run.save_weights(net)
     x, target = next(data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device))
