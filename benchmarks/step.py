@@ -116,7 +116,7 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
     def plain(objective: EKD, forward: Callable[[Tensor], object] | None = None) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
             with autocast():
-                outputs = (forward or of)(x)
+                outputs = (of if forward is None else forward)(x)  # a compiled module has no truth value
             torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
 
         return backward
