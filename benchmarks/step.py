@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ddnn.branchwise import branchwise_backward
+from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side
 from ddnn.families import FULL_NETS, PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
     results = {
         name: measure(name, device, arguments.precision == "bf16", arguments.seconds)
         for name in ([arguments.preset] if arguments.preset else CASES)
@@ -196,8 +198,8 @@ def subnet_over_library(preset: str, net: DDNN, size: int, device: torch.device)
     ratios = []
     for name in net.depths:
         pair = {
-            "ours": call(net.subnet(name).to(device).eval()),
-            "library": call(library(preset, name).to(device).eval()),
+            "ours": call(net.subnet(name).to(device, memory_format=torch.channels_last).eval()),
+            "library": call(library(preset, name).to(device, memory_format=torch.channels_last).eval()),
         }
         with torch.inference_mode():
             times = side_by_side(pair, device, budget_s=2.0)

@@ -28,7 +28,15 @@ Scores = Sequence[float | None]
 def method(seconds: float | None = 100.0, **nets: Scores) -> dict[str, Any]:
     macs = None if seconds is None else seconds * 1e9
     memory = None if seconds is None else seconds * 5
-    return {"subnets": nets, "seconds": seconds, "macs_per_step": macs, "peak_memory_mb": memory, "runs": {}}
+    cpu = None if seconds is None else seconds * 2
+    return {
+        "subnets": nets,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "macs_per_step": macs,
+        "peak_memory_mb": memory,
+        "runs": {},
+    }
 
 
 def comparison(methods: Mapping[str, dict[str, Any]], seeds: Sequence[int] = (0, 1, 2), **more: Any) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def test_alone_is_not_compared_with_itself_and_costs_one(whole: dict[str, Any]) 
     summary = summarise(whole)
     assert all(row.difference is None for row in summary.rows if row.method == "alone")
     by_method = {found.method: found.relative for found in summary.costs}
-    assert by_method["alone"] == {"seconds": 1.0, "macs_per_step": 1.0, "peak_memory_mb": 1.0}
+    assert by_method["alone"] == {"seconds": 1.0, "cpu_seconds": 1.0, "macs_per_step": 1.0, "peak_memory_mb": 1.0}
     assert by_method["ekd"]["seconds"] == pytest.approx(0.72)
 
 
@@ -211,7 +219,7 @@ def test_markdown_table_in_points_with_two_decimals(whole: dict[str, Any]) -> No
     assert "| alone | 52.77 ± 0.21 | 63.00 ± 0.10 |" in text
     assert "| KL only |" in text
     assert "2 of 3 seeds" in text
-    assert f"| **DDNN-EKD** | 72.0 s (0.72{TIMES}) | 72.0 G (0.72{TIMES}) | 360 MB" in text
+    assert f"| **DDNN-EKD** | 72.0 s (0.72{TIMES}) | 2.4 min (0.72{TIMES}) | 72.0 G (0.72{TIMES}) | 360 MB" in text
     assert "| small | 1-1-1 | 83.9 k | 12.5 M | 0.70 ms |" in text
 
 
