@@ -123,6 +123,8 @@ def cost(summary: Summary) -> "Figure | None":
     if not any(found.method != BASELINE for found in costs):
         return None
     names = {what: name for what, name in COSTS.items() if any(found.relative[what] for found in costs)}
+    if "cpu_seconds" in names:
+        names.pop("seconds", None)  # the same but for what else the machine did
     most = max(ratio or 1.0 for found in costs for ratio in found.relative.values())
     figure, panels = panels_of(list(names.values()), row_height=0.75 + 0.27 * len(costs), sharey=True)
     for what, axes in zip(names, panels.values(), strict=True):
