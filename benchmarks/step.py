@@ -75,22 +75,38 @@ def main() -> None:
         name: measure(name, device, arguments.precision == "bf16", arguments.seconds)
         for name in ([arguments.preset] if arguments.preset else CASES)
     }
-    machine = {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "precision": arguments.precision,
-        "torch": torch.__version__,
-    }
+    where = machine(device, arguments.precision)
     if arguments.json:
-        print(json.dumps({"presets": results, "machine": machine}, indent=2))
+        print(json.dumps({"presets": results, "machine": where}, indent=2))
         return
-    table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()))
+    table = Table(title=", ".join(f"{key} {value}" for key, value in where.items()))
     table.add_column("figure")
     for name in results:
         table.add_column(name, justify="right")
     for figure in next(iter(results.values())):
         table.add_row(figure, *(f"{row[figure]:.3f}" for row in results.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def machine(device: torch.device, precision: str) -> dict[str, str | int]:
+    return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "torch": torch.__version__,
+    }
+
+
+def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
+    """A whole training step: `backward`, then the optimiser."""
+    optimizer = make_optimizer(of, Optim(lr=1e-4))
+
+    def step() -> None:
+        backward(of)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> dict[str, float]:
@@ -104,16 +120,6 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-    def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
-        optimizer = make_optimizer(of, Optim(lr=1e-4))
-
-        def step() -> None:
-            backward(of)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
 
     def plain(objective: EKD, forward: Callable[[Tensor], object] | None = None) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:

@@ -150,8 +150,8 @@ def test_verdicts_above_below_and_no_difference() -> None:
         headline(summary) == "DDNN-EKD is above alone on 1 of 3 nets, is below alone on 1 and shows no difference on 1."
     )
     assert price(summary) == (
-        f"Price: DDNN-EKD took 0.72{TIMES} the wall-clock time, 0.72{TIMES} the processor time, 0.72{TIMES} the MACs per step and "
-        f"0.72{TIMES} the peak memory of training every depth alone."
+        f"Price: DDNN-EKD took 0.72{TIMES} the wall-clock time, 0.72{TIMES} the processor time, "
+        f"0.72{TIMES} the MACs per step and 0.72{TIMES} the peak memory of training every depth alone."
     )
 
 
