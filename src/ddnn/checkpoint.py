@@ -198,12 +198,4 @@ class RunFolder:
 
 def distinct(net: DDNN) -> dict[str, Tensor]:
     """The tensors of a DDNN's state by name, a shared one only under its first name in the deepest net that has it."""
-    named: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    state = net.state_dict(keep_vars=True)
-    order = [name for net_name in reversed(net.depths) for name in state if name.startswith(f"nets.{net_name}.")]
-    for name in [*order, *(name for name in state if not name.startswith("nets."))]:
-        if id(state[name]) not in seen:
-            seen.add(id(state[name]))
-            named[name] = state[name].detach()
-    return named
+    return dict(net.state_dict())
