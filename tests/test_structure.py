@@ -18,6 +18,7 @@ ORDER = [
     "data",
     "families",
     "network",
+    "backbone",
     "objective",
     "build",
     "evaluate",

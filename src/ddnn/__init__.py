@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ddnn.version import __version__
 
 if TYPE_CHECKING:
+    from ddnn.backbone import Backbone
     from ddnn.errors import DDNNError
     from ddnn.families.family import Family
     from ddnn.network import DDNN, Output, nest, recalibrate
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Loaded when first used, so that `import ddnn` costs nothing and needs no torch.
 _HOME = {
+    "Backbone": "ddnn.backbone",
     "DDNN": "ddnn.network",
     "DDNNError": "ddnn.errors",
     "EKD": "ddnn.objective",
@@ -29,7 +31,7 @@ _HOME = {
     "recalibrate": "ddnn.network",
 }
 
-__all__ = ["DDNN", "EKD", "DDNNError", "Family", "Output", "__version__", "nest", "recalibrate"]
+__all__ = ["DDNN", "EKD", "Backbone", "DDNNError", "Family", "Output", "__version__", "nest", "recalibrate"]
 
 
 def __getattr__(name: str) -> object:
