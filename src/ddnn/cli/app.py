@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ddnn.errors import DDNNError, RunError
+from ddnn.errors import BudgetError, BundleError, DDNNError, RunError
+from ddnn.extras import advice
 from ddnn.version import __version__
 
 app = typer.Typer(
@@ -39,4 +40,9 @@ def main() -> None:
         app()
     except DDNNError as error:
         typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1 if isinstance(error, RunError) else 2) from None
+        raise SystemExit(1 if isinstance(error, RunError | BundleError | BudgetError) else 2) from None
+    except ModuleNotFoundError as error:
+        if (sentence := advice(error)) is None:
+            raise
+        typer.echo(f"error: {sentence}", err=True)
+        raise SystemExit(1) from None
