@@ -14,6 +14,10 @@ SOURCE = Path(ddnn.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "extras",
+    "files",
+    "picture",
+    "runtime",
     "recipe",
     "data",
     "families",

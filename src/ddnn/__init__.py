@@ -37,4 +37,11 @@ __all__ = ["DDNN", "EKD", "Backbone", "DDNNError", "Family", "Output", "__versio
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'ddnn' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from ddnn.extras import advice
+
+        if (sentence := advice(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"ddnn.{name}: {sentence}", name=error.name) from None

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -31,33 +30,13 @@ from torch import Tensor
 
 from ddnn import recipe as recipes
 from ddnn.errors import RunError
+from ddnn.files import write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
 
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
 log = logging.getLogger("ddnn")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it holds, whatever happens, either what it held before or all of `content`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
 class RunFolder:
@@ -123,7 +102,7 @@ class RunFolder:
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Keep the state after `step` optimiser steps, then drop the oldest checkpoints."""
         buffer = io.BytesIO()
-        torch.save({"recipe": self._recipe_digest(), **state}, buffer)
+        torch.save({"recipe": self.recipe_digest(), **state}, buffer)
         content = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomic(self.path / "checkpoints" / name, content)
@@ -149,7 +128,7 @@ class RunFolder:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise RunError(f"{path} holds more than a checkpoint does and is not loaded") from None
-            if state.pop("recipe") != self._recipe_digest():
+            if state.pop("recipe") != self.recipe_digest():
                 raise RunError(f"checkpoint {path} belongs to another recipe than {self.path / 'recipe.toml'}")
             return state
         if found:
@@ -164,7 +143,8 @@ class RunFolder:
         files = folder.iterdir() if folder.is_dir() else []
         return sorted((f for f in files if pattern.fullmatch(f.name)), key=lambda f: f.name, reverse=True)
 
-    def _recipe_digest(self) -> str:
+    def recipe_digest(self) -> str:
+        """Hex SHA-256 of the resolved recipe."""
         return hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()
 
     # -- weights ------------------------------------------------------------------------------------------------
