@@ -36,6 +36,7 @@ ORDER = [
     "trainer",
     "compare",
     "report",
+    "hub",
     "display",
     "cli",
     "__main__",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ddnn.backbone import Backbone
     from ddnn.errors import DDNNError
     from ddnn.families.family import Family
+    from ddnn.hub.folder import from_pretrained, save_pretrained
+    from ddnn.hub.remote import push_to_hub
     from ddnn.network import DDNN, Output, nest, recalibrate
     from ddnn.objective import EKD
 
@@ -27,11 +29,27 @@ _HOME = {
     "EKD": "ddnn.objective",
     "Family": "ddnn.families.family",
     "Output": "ddnn.network",
+    "from_pretrained": "ddnn.hub.folder",
     "nest": "ddnn.network",
+    "push_to_hub": "ddnn.hub.remote",
     "recalibrate": "ddnn.network",
+    "save_pretrained": "ddnn.hub.folder",
 }
 
-__all__ = ["DDNN", "EKD", "Backbone", "DDNNError", "Family", "Output", "__version__", "nest", "recalibrate"]
+__all__ = [
+    "DDNN",
+    "EKD",
+    "Backbone",
+    "DDNNError",
+    "Family",
+    "Output",
+    "__version__",
+    "from_pretrained",
+    "nest",
+    "push_to_hub",
+    "recalibrate",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> object:

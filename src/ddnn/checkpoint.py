@@ -151,31 +151,43 @@ class RunFolder:
 
     def save_weights(self, net: DDNN) -> str:
         """Write `model.safetensors`, every tensor once, and return its sha256."""
-        content = save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+        content = weights_of(net)
         write_atomic(self.path / "model.safetensors", content)
         return hashlib.sha256(content).hexdigest()
 
     def load_weights(self, net: DDNN, digest: str) -> None:
         """Fill a freshly built net; `RunError` for a file that is not the one the run wrote."""
-        path = self.path / "model.safetensors"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from None
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise RunError(f"{path} is damaged or was replaced: its checksum is not the one in summary.json")
-        try:
-            weights = load_safetensors(content)
-        except SafetensorError as error:
-            raise RunError(f"{path} is no safetensors file: {error}") from None
-        ours = distinct(net)
-        if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
-            raise RunError(f"{path} holds other tensors than the network of {self.path / 'recipe.toml'}")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(weights[name])
+        fill(net, self.path / "model.safetensors", digest, stated="summary.json", source=self.path / "recipe.toml")
 
 
 def distinct(net: DDNN) -> dict[str, Tensor]:
-    """The tensors of a DDNN's state by name, a shared one only under its first name in the deepest net that has it."""
+    """The tensors of a DDNN's state by name, a shared one only under its name in the deepest net that has it."""
     return dict(net.state_dict())
+
+
+def weights_of(net: DDNN) -> bytes:
+    """A DDNN's state as a safetensors file, every tensor once."""
+    return save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+
+
+def fill(net: DDNN, path: Path, digest: str, *, stated: str, source: Path) -> None:
+    """Fill a freshly built net from a file that `weights_of` wrote; `RunError` for any other file.
+
+    `digest` is the file's sha256, `stated` where that is written down, `source` what the net was built from.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise RunError(f"{path} is damaged or was replaced: its checksum is not the one in {stated}")
+    try:
+        weights = load_safetensors(content)
+    except SafetensorError as error:
+        raise RunError(f"{path} is no safetensors file: {error}") from None
+    ours = distinct(net)
+    if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
+        raise RunError(f"{path} holds other tensors than the network of {source}")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(weights[name])

@@ -39,3 +39,7 @@ class RunError(DDNNError):
 
 class ExportError(DDNNError):
     """A network cannot be exported, or what was exported does not compute what the network computes."""
+
+
+class HubError(DDNNError):
+    """What the Hugging Face hub keeps of a model, in a folder or a repository, can't be written, read or trusted."""
