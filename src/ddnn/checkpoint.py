@@ -63,7 +63,7 @@ class RunFolder:
         for torn in [*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")]:  # left by a kill in the middle of a write
             with contextlib.suppress(OSError):
                 torn.unlink()
-        return cls(path, recipes.load(path / "recipe.toml"))
+        return cls(path, recipes.reopen(path / "recipe.toml"))
 
     # -- small files --------------------------------------------------------------------------------------------
 

@@ -35,8 +35,15 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Summed over classes, mean over the batch; T^2 keeps the size of its gradient independent of T (Hinton et al. 2015,
     arXiv 1503.02531). No gradient flows to the teacher.
     """
-    log_p = F.log_softmax(teacher.detach().to(_precision(teacher)) / temperature, dim=1)
-    log_q = F.log_softmax(student.to(_precision(student)) / temperature, dim=1)
+    return _kl(student, _log_posterior(teacher.detach(), temperature), temperature)
+
+
+def _log_posterior(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.to(_precision(logits)) / temperature, dim=1)
+
+
+def _kl(student: Tensor, log_p: Tensor, temperature: float) -> Tensor:
+    log_q = _log_posterior(student, temperature)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -167,16 +174,17 @@ class EKD:
             if teacher is None:
                 full, teacher = students.popitem()
                 terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
+            # what the teacher has to say is the same for all students
             teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and students else []
+            log_p = _log_posterior(teacher.logits.detach(), self.temperature) if self.kl and students else None
             for name, student in students.items():
                 weight = self._weight(name)
                 if weight == 0:
                     continue
                 if self.labels == "all":
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
-                if self.kl:
-                    distance = kl_divergence(student.logits, teacher.logits, self.temperature)
-                    terms[f"{name}/kl"] = weight * self.kl * distance
+                if log_p is not None:
+                    terms[f"{name}/kl"] = weight * self.kl * _kl(student.logits, log_p, self.temperature)
                 if self.attention:
                     distance = _map_distance(student.features, teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * self.attention * distance

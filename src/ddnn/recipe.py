@@ -166,6 +166,8 @@ class Train(Section):
     eval_batch_size: Count = 500
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    """CPU threads of the training; all cores if not given. A sum split among other threads is rounded differently."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16`: autocast of matrix products and convolutions; losses stay in float32."""
     channels_last: bool = True
@@ -243,11 +245,22 @@ def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] =
         raise RecipeError(f"{place} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
-    return _placed(parse(tree, place))
+    return _placed(parse(tree, place), Path(recipe).parent)
 
 
-def _placed(recipe: Recipe) -> Recipe:
-    """With paths that are there made absolute, so that a run can be gone on with from another working folder."""
+def reopen(path: Path) -> Recipe:
+    """The resolved recipe that a run folder or a comparison keeps, to the letter; `RecipeError` if it is damaged."""
+    try:
+        return parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is damaged and cannot be read: {error}") from None
+
+
+def _placed(recipe: Recipe, folder: Path) -> Recipe:
+    """With paths that are there made absolute, so that a run can be gone on with from another working folder.
+
+    `folder` is where the recipe's file lies: a run folder names its teacher from there.
+    """
     changes: dict[str, dict[str, Any]] = {}
     source = Path(recipe.data.source).expanduser()
     if recipe.data.source not in ("", "digits") and source.is_dir():
@@ -255,7 +268,9 @@ def _placed(recipe: Recipe) -> Recipe:
     if recipe.network.weights is not None:
         changes["network"] = {"weights": recipe.network.weights.expanduser().resolve()}
     if recipe.objective.teacher is not None:
-        changes["objective"] = {"teacher": recipe.objective.teacher.expanduser().resolve()}
+        teacher = recipe.objective.teacher.expanduser()
+        beside = folder / teacher
+        changes["objective"] = {"teacher": (beside if beside.is_dir() else teacher).resolve()}
     return recipe.model_copy(
         update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
     )

@@ -25,7 +25,7 @@ from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
-from ddnn.device import PeakMemory, choose_device, make_deterministic, threads
+from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads
 from ddnn.errors import RunError
 from ddnn.evaluate import accuracy, evaluate
 from ddnn.network import DDNN, recalibrate
@@ -59,7 +59,10 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
         return summary
     recipe = run.recipe
     device = choose_device(recipe.train.device)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
+    keep_freed_memory()
     dataset = load_data(recipe)
     check_same_data(run, dataset)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
@@ -69,14 +72,14 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     network = recipe.network if kept is None else recipe.network.model_copy(update={"weights": None})
     state = State.fresh(recipe, build(network, len(dataset.classes)), steps, device)
     if recipe.objective.teacher is not None:
-        state.teacher = load_teacher(recipe.objective.teacher, dataset, device)
+        state.teacher = load_teacher(run.path / recipe.objective.teacher, dataset, device)
     if kept is not None:
         state.load(kept)
     run.write_json("run.json", describe(recipe, dataset, device))
     epochs = [epoch for epoch in run.metrics() if epoch["epoch"] <= state.step // steps]
 
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
-    state.banked = time.perf_counter()
+    state.start_clocks()
     with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1)) as events:
         while state.step < recipe.train.epochs * steps:
             train_epoch(state, dataset, run, progress)
@@ -186,6 +189,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
         "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
+        "cpu_seconds": sum(epoch["seconds"]["cpu"] for epoch in epochs),
         "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
         "step_cost": step_cost(
             net,

@@ -53,7 +53,12 @@ def _accuracy(summary: Summary, row: Row) -> Cell:
 
 def cost_table(summary: Summary) -> Table:
     """Methods by costs, each with its ratio to training every depth alone."""
-    show = {"seconds": _duration, "macs_per_step": amount, "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB"}
+    show = {
+        "seconds": _duration,
+        "cpu_seconds": _duration,
+        "macs_per_step": amount,
+        "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB",
+    }
     rows = []
     for cost in summary.costs:
         cells = [_head(cost.method)]
@@ -62,7 +67,7 @@ def cost_table(summary: Summary) -> Table:
             text = NOTHING if value is None else show[what](value)
             cells.append(Cell(text, "" if ratio is None else f"{ratio:.2f}{TIMES}"))
         rows.append(cells)
-    return Table(["method", "wall-clock time", "MACs per step", "peak memory"], rows)
+    return Table(["method", *COSTS.values()], rows)
 
 
 def net_table(summary: Summary) -> Table:
