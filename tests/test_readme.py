@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddnn import cli, recipe
+from ddnn.cli.training import _split
 from ddnn.families import PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def test_every_command_is_understood(command: list[str]) -> None:
     verb = group.commands[command[1]]  # type: ignore[attr-defined]
     inner = verb.make_context(command[1], command[2:], parent=context)
     if command[1] in ("train", "compare"):
-        named, changes = cli._split(inner.params["recipe_and_overrides"], inner.params["overrides"])
+        named, changes = _split(inner.params["recipe_and_overrides"], inner.params["overrides"])
         recipe.load(named[0] if named else "digits", changes)
 
 

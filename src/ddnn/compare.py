@@ -25,10 +25,11 @@ from typing import Any, Protocol
 
 from ddnn import recipe as recipes
 from ddnn.build import build, check
-from ddnn.checkpoint import RunFolder, write_atomic
+from ddnn.checkpoint import RunFolder
 from ddnn.device import choose_device
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import macs
+from ddnn.files import write_atomic
 from ddnn.recipe import Network, Recipe
 
 

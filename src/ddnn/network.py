@@ -52,6 +52,9 @@ class DDNN(nn.Module):
 
     `net(x)` runs them all, what their paths have in common once, and returns an `Output` by name, the full-net last.
     `net(x, only=["resnet18"])` runs some of them. `net.subnet(name)` takes one out as an ordinary network.
+
+    Its state dict holds every tensor once, a shared one under its name in the deepest net that has it; loading one
+    fills them all. So whoever goes through a state dict, to save or to average it, meets no tensor twice.
     """
 
     def __init__(self, nets: Mapping[str, nn.Module], family: Family, norm: NormPolicy, head: HeadPolicy) -> None:
@@ -65,6 +68,8 @@ class DDNN(nn.Module):
             # Kept with the weights: a net whose statistics were never recomputed must not pass for a finished one.
             self.register_buffer("calibrated", torch.tensor(False))
             self.calibrated: Tensor
+        self.register_state_dict_post_hook(_keep_each_once)
+        self.register_load_state_dict_pre_hook(_give_to_all)
 
     @property
     def full_name(self) -> str:
@@ -166,6 +171,37 @@ def recalibrate(net: DDNN, batches: Iterable[Tensor]) -> None:
     update_bn(batches, net)
     if net.norm == "recalibrated":
         net.calibrated.fill_(True)
+
+
+def _kept_names(net: DDNN) -> dict[str, str]:
+    """Name of every parameter and buffer in the nets -> the name its state is kept under."""
+    kept: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for net_name in reversed(net.depths):
+        sub = net.nets[net_name]
+        for named in (sub.named_parameters(remove_duplicate=False), sub.named_buffers(remove_duplicate=False)):
+            for name, tensor in named:
+                here = f"nets.{net_name}.{name}"
+                names[here] = kept.setdefault(id(tensor), here)
+    return names
+
+
+def _keep_each_once(net: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    assert isinstance(net, DDNN)
+    for name, kept in _kept_names(net).items():
+        if name != kept:
+            state.pop(prefix + name, None)
+
+
+def _give_to_all(
+    net: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, object], *_: object
+) -> None:
+    assert isinstance(net, DDNN)
+    if metadata.get("assign_to_params_buffers"):
+        raise NestingError("load_state_dict(assign=True) would part what the nets share; load without assign")
+    for name, kept in _kept_names(net).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + name, state[prefix + kept])
 
 
 def agreement(a: Depths, b: Depths) -> int:

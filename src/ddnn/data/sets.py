@@ -17,6 +17,7 @@ from ddnn.data import decode, sources
 from ddnn.data.augment import for_evaluation, stream
 from ddnn.data.sources import Labelled
 from ddnn.errors import DataError
+from ddnn.picture import UnreadableError
 from ddnn.recipe import Data
 
 Colour = tuple[float, float, float]
@@ -242,7 +243,7 @@ def _sizes(data: Data, images: Labelled, skipped: decode.Skipped) -> list[tuple[
     for index in _spread(images, 256).index.tolist():
         try:
             sizes.append(decode.size(images.reader, index))
-        except decode.UnreadableError as error:
+        except UnreadableError as error:
             skipped.add(images.reader.name(index), str(error))
     if not sizes:
         raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
@@ -268,7 +269,7 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> He
                 picture = decode.rgb(images.reader, numbers[place])
                 fits = picture.size == (size, size) == (side, side)
                 pixels[place] = np.asarray(picture).transpose(2, 0, 1) if fits else fit(picture).numpy()
-            except decode.UnreadableError as error:
+            except UnreadableError as error:
                 failed.append((place, str(error)))
         return failed
 

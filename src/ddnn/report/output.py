@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ddnn.checkpoint import write_atomic
 from ddnn.errors import RunError
+from ddnn.files import write_atomic
 from ddnn.report import sentences, tables
 from ddnn.report.comparison import read, read_curves
 from ddnn.report.drawing import Drawing, draw_all, inline

@@ -56,7 +56,7 @@ def cost_table(summary: Summary) -> Table:
     show = {
         "seconds": _duration,
         "cpu_seconds": _duration,
-        "macs_per_step": _short,
+        "macs_per_step": amount,
         "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB",
     }
     rows = []
@@ -77,7 +77,7 @@ def net_table(summary: Summary) -> Table:
         cells = [Cell(NOTHING)] * 4
         if net := summary.comparison.nets.get(name):
             depths = "-".join(map(str, net.depths))
-            cells = [Cell(depths), Cell(_short(net.params)), Cell(_short(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
+            cells = [Cell(depths), Cell(amount(net.params)), Cell(amount(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
         rows.append([Cell(_net(summary, name)), *cells])
     return Table(["net", "depths", "parameters", "MACs per image", "latency of one image"], rows)
 
@@ -105,7 +105,7 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
         ("Cost of training all nets (relative to training every depth alone)", cost_table(summary)),
         ("Nets", net_table(summary)),
     ):
-        parts += [f"### {heading}", _markdown_table(table)]
+        parts += [f"### {heading}", markdown_table(table)]
     parts += [f"![{escape(caption)}]({path})" for caption, path in (figures or {}).items()]
     if missing := sentences.missing(summary) if missing is None else missing:
         parts += ["### Missing", _bullets(missing)]
@@ -114,7 +114,8 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown, the first column to the left and all others to the right."""
     lines = [[escape(heading) for heading in table.headings], ["---", *["---:"] * (len(table.headings) - 1)]]
     for row in table.rows:
         lines.append([_markdown_cell(cell) for cell in row])
@@ -143,7 +144,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _short(number: float) -> str:
+def amount(number: float) -> str:
+    """A number of parameters or MACs in three digits and a unit."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"

@@ -1,24 +1,14 @@
-"""The command line: one verb, one function. Exit code 0 is success, 1 a failed run, 2 something asked wrongly."""
+"""Verbs that make runs and look at them."""
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ddnn.errors import DDNNError, RunError
-from ddnn.version import __version__
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="One training run, several nested networks: depth-level dynamic networks (DDNN) trained with embedded "
-    "knowledge distillation (EKD).",
-)
+from ddnn.cli.app import app
+from ddnn.errors import DDNNError
 
 
 @app.command()
@@ -227,31 +217,3 @@ def recipes(
         print(shipped[name], end="")
     else:
         raise DDNNError(f"no recipe {name!r}; there are: {', '.join(shipped)}")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"ddnn {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-
-
-def main() -> None:
-    """Run the command line; an error that speaks to the user is printed without a traceback."""
-    try:
-        app()
-    except DDNNError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1 if isinstance(error, RunError) else 2) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Verbs that bring a finished run to a device."""
