@@ -32,6 +32,7 @@ ORDER = [
     "state",
     "checkpoint",
     "trained",
+    "export",
     "trainer",
     "compare",
     "report",

@@ -1,0 +1,6 @@
+"""From a trained DDNN to what devices run: one bundle for all depths, or each sub-net alone in a format of its own."""
+
+from ddnn.export.bundle import export_bundle
+from ddnn.export.finished import export_run
+
+__all__ = ["export_bundle", "export_run"]

@@ -1,0 +1,141 @@
+"""From a network to a small ONNX graph: batch norms stay nodes of their own, so that the weights can be shared.
+
+`torch.onnx.export` would fold them into the convolutions before them, which makes the weights of every net its own;
+onnxruntime does the same folding when it loads a graph, so nothing is lost by leaving it to it.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
+from torch import Tensor, nn
+
+OPSET = 20
+"""Version of ONNX's operators that graphs are written for."""
+
+# Those of the exporter's own rewritings that leave weights as they are.
+_RULES = (
+    rules.mul_by_1_rule,
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.dropout_inference_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.successive_relu_rule,
+    rules.remove_optional_bias_from_conv_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)
+
+
+def trace(module: nn.Module, image: Tensor, outputs: Sequence[str]) -> ir.Model:
+    """The graph of a module in eval mode, whose one input, `images`, is any number of images like `image` [2, C, S, S]."""
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            (image,),
+            input_names=["images"],
+            output_names=list(outputs),
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            opset_version=OPSET,
+            optimize=False,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    fold_constants_ir(model)
+    ir.passes.Sequential(
+        passes.InlinePass(),
+        RewritePass(_RULES),
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
+    return model
+
+
+def cut(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """The part of a graph that makes the values called `outputs` of those called `inputs`."""
+    whole = model.graph
+    made = {value.name: value for node in whole for value in node.outputs}
+    given = {value.name: value for value in whole.inputs} | made
+    ends = [given[name] for name in outputs]
+    starts = [given[name] for name in inputs]
+    needed: set[ir.Node] = set()
+    stack = list(ends)
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if value not in starts and node is not None and node not in needed:
+            needed.add(node)
+            stack += [each for each in node.inputs if each is not None]
+    return _copied(model, starts, ends, [node for node in whole if node in needed])
+
+
+def _copied(model: ir.Model, starts: list[ir.Value], ends: list[ir.Value], nodes: list[ir.Node]) -> ir.Model:
+    """A new model with copies of the nodes; the tensors of initialisers are not copied."""
+    copies: dict[ir.Value, ir.Value] = {}
+    initializers = []
+
+    def copy(value: ir.Value | None) -> ir.Value | None:
+        if value is None:
+            return None
+        if value not in copies:
+            copies[value] = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+            if value.const_value is not None:
+                initializers.append(copies[value])
+        return copies[value]
+
+    for value in starts:
+        copies[value] = ir.Value(name=value.name, shape=value.shape, type=value.type)
+    new = []
+    for node in nodes:
+        inputs = [copy(value) for value in node.inputs]
+        results = [copy(value) for value in node.outputs]
+        new.append(
+            ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=results, name=node.name)
+        )
+    graph = ir.Graph(
+        [copies[value] for value in starts],
+        [copies[value] for value in ends],
+        nodes=new,
+        initializers=initializers,
+        opset_imports=dict(model.graph.opset_imports),
+        name=model.graph.name,
+    )
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own doings."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    log.setLevel(level)
