@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -45,7 +46,7 @@ _RULES = (
 
 
 def trace(module: nn.Module, image: Tensor, outputs: Sequence[str]) -> ir.Model:
-    """The graph of a module in eval mode, whose one input, `images`, is any number of images like `image` [2, C, S, S]."""
+    """The graph of a module in eval mode; its one input `images` is any number of images like `image` [2, C, S, S]."""
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
@@ -96,37 +97,46 @@ def cut(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Mo
 
 
 def _copied(model: ir.Model, starts: list[ir.Value], ends: list[ir.Value], nodes: list[ir.Node]) -> ir.Model:
-    """A new model with copies of the nodes; the tensors of initialisers are not copied."""
-    copies: dict[ir.Value, ir.Value] = {}
-    initializers = []
+    """A new model with copies of the nodes, numbered; tensors are not copied.
 
-    def copy(value: ir.Value | None) -> ir.Value | None:
-        if value is None:
-            return None
-        if value not in copies:
-            copies[value] = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
-            if value.const_value is not None:
-                initializers.append(copies[value])
-        return copies[value]
-
-    for value in starts:
-        copies[value] = ir.Value(name=value.name, shape=value.shape, type=value.type)
+    Of small networks the graphs weigh as much as the weights that are spared: so names are short, and attributes and
+    shapes that are understood are left out.
+    """
+    copies = {value: _value(value, value.name) for value in starts}
+    opsets = dict(model.graph.opset_imports)
     new = []
-    for node in nodes:
-        inputs = [copy(value) for value in node.inputs]
-        results = [copy(value) for value in node.outputs]
-        new.append(
-            ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=results, name=node.name)
-        )
+    for i, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None and value not in copies:  # else it was made by a node before, or is a tensor
+                copies[value] = _value(value, value.name)
+        for k, value in enumerate(node.outputs):
+            copies[value] = _value(value, value.name) if value in ends else ir.Value(name=f"{i}.{k}" if k else f"{i}")
+        inputs = [None if value is None else copies[value] for value in node.inputs]
+        results = [copies[value] for value in node.outputs]
+        new.append(ir.Node(node.domain, node.op_type, inputs, _said(node, opsets), outputs=results, name=f"{i}"))
     graph = ir.Graph(
         [copies[value] for value in starts],
         [copies[value] for value in ends],
         nodes=new,
-        initializers=initializers,
-        opset_imports=dict(model.graph.opset_imports),
+        initializers=[value for value in copies.values() if value.const_value is not None],
+        opset_imports=opsets,
         name=model.graph.name,
     )
-    return ir.Model(graph, ir_version=model.ir_version)
+    return ir.Model(graph, ir_version=model.ir_version, producer_name="ddnn")
+
+
+def _value(value: ir.Value, name: str | None) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+
+
+def _said(node: ir.Node, opsets: dict[str, int]) -> list[ir.Attr]:
+    """The attributes of a node that are not what its operator takes anyway."""
+    schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+    return [
+        attribute
+        for name, attribute in node.attributes.items()
+        if ir.serde.serialize_attribute(attribute) != schema.attributes[name].default_value
+    ]
 
 
 @contextmanager

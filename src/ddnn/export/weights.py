@@ -15,7 +15,7 @@ LARGE = 2**20
 
 
 class Weights:
-    """Collects the tensors of graphs by content. Tables of whole numbers, such as shapes, stay in the graphs."""
+    """Collects the tensors of graphs by content. Numbers by themselves and shapes stay in the graphs."""
 
     def __init__(self) -> None:
         self._content = bytearray()
@@ -30,7 +30,7 @@ class Weights:
         for name, value in list(graph.initializers.items()):
             tensor = value.const_value
             assert tensor is not None
-            if not np.issubdtype(tensor.numpy().dtype, np.floating):
+            if tensor.dtype == ir.DataType.INT64 or tensor.size <= 1:
                 continue
             place = self._place(tensor, name, net)
             about = self.tensors[place]
