@@ -5,6 +5,11 @@
 >>> terms = ddnn.EKD()(outputs, target)        # name of a term -> scalar
 >>> sum(terms.values()).backward()
 >>> net.subnet("resnet18")                     # an ordinary torchvision ResNet-18
+
+and on a device, without torch:
+
+>>> model = ddnn.load("bundle")
+>>> logits = model(images, depth="resnet18")
 """
 
 from importlib import import_module
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from ddnn.families.family import Family
     from ddnn.network import DDNN, Output, nest, recalibrate
     from ddnn.objective import EKD
+    from ddnn.runtime import load
 
 # Loaded when first used, so that `import ddnn` costs nothing and needs no torch.
 _HOME = {
@@ -25,11 +31,12 @@ _HOME = {
     "EKD": "ddnn.objective",
     "Family": "ddnn.families.family",
     "Output": "ddnn.network",
+    "load": "ddnn.runtime",
     "nest": "ddnn.network",
     "recalibrate": "ddnn.network",
 }
 
-__all__ = ["DDNN", "EKD", "DDNNError", "Family", "Output", "__version__", "nest", "recalibrate"]
+__all__ = ["DDNN", "EKD", "DDNNError", "Family", "Output", "__version__", "load", "nest", "recalibrate"]
 
 
 def __getattr__(name: str) -> object:
