@@ -16,6 +16,8 @@ ORDER = [
     "errors",
     "extras",
     "files",
+    "figure",
+    "page",
     "picture",
     "runtime",
     "recipe",
