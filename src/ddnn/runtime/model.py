@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddnn.errors import RequestError
+from ddnn.runtime import curve, profile
 from ddnn.runtime import manifest as manifests
-from ddnn.runtime import profile
 from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, parts_of, probabilities
 from ddnn.runtime.machine import available_cpus, this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
@@ -130,6 +130,18 @@ class Model:
         condition = profile.Condition(batch, self.threads, self.shared)
         rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets)
         return profile.pick(rows, self.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95).depth
+
+    def thresholds(self, accuracy: float | None = None, latency_ms: float | None = None) -> list[float]:
+        """Thresholds for `cascade`, as `ddnn cascade` measured them on this machine.
+
+        The quickest that reach an accuracy, or the most accurate with such a mean latency; those that command chose if
+        neither is given. Raises `BudgetError` if none does, saying by how much, and `RequestError` where nothing was
+        measured on this machine.
+        """
+        measured = curve.read(self.manifest, this_machine())
+        if accuracy is not None or latency_ms is not None:
+            measured = curve.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
+        return list(measured.points[measured.chosen].thresholds)
 
     def warm(self, *depths: str, cascade: bool = False) -> None:
         """Make depths (all loaded ones if none is named) ready, so that the next call is as fast as any other.

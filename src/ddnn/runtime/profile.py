@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,7 +186,7 @@ def measure(
                 p50, p95 = (float(np.percentile(taken, percent)) for percent in (50, 95))
                 rows.append(Row(name, batch, count, shared, p50, p95, len(taken), *memory[name]))
     path = machine_folder(manifest.folder, machine) / NAME
-    profile = _joined(path, Profile(manifest.digest, machine, _now(), rows, together))
+    profile = _joined(path, Profile(manifest.digest, machine, now(), rows, together))
     content = {"format": "ddnn-profile", "version": VERSION, **asdict(profile)}
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     return profile
@@ -212,8 +213,7 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> dict[str, list[f
     """Milliseconds of calls of every depth, in turns."""
     size = model.manifest.input.size
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-    calls = {name: (lambda name=name: model(images, name)) for name in model.nets}
-    return in_turns(calls, seconds)
+    return in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -247,7 +247,8 @@ def _memory_of_process(
     return found["memory_mb"], found["peak_mb"]
 
 
-def _now() -> str:
+def now() -> str:
+    """Date and time here."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
