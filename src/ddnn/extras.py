@@ -14,6 +14,8 @@ PACKAGES = {
     ),
     "export": ("onnx", "onnx_ir", "onnxscript"),
     "runtime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "figures": ("jinja2", "markupsafe", "matplotlib"),
 }
 """Import names by extra."""

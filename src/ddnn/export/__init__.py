@@ -2,5 +2,7 @@
 
 from ddnn.export.bundle import export_bundle
 from ddnn.export.finished import export_run
+from ddnn.export.manifest import About
+from ddnn.export.trial import Int8
 
-__all__ = ["export_bundle", "export_run"]
+__all__ = ["About", "Int8", "export_bundle", "export_run"]

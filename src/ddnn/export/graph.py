@@ -4,10 +4,7 @@
 onnxruntime does the same folding when it loads a graph, so nothing is lost by leaving it to it.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
@@ -17,6 +14,8 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
+
+from ddnn.export.quiet import quiet
 
 OPSET = 20
 """Version of ONNX's operators that graphs are written for."""
@@ -47,7 +46,7 @@ _RULES = (
 
 def trace(module: nn.Module, image: Tensor, outputs: Sequence[str]) -> ir.Model:
     """The graph of a module in eval mode; its one input `images` is any number of images like `image` [2, C, S, S]."""
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module.eval(),
             (image,),
@@ -75,7 +74,34 @@ def trace(module: nn.Module, image: Tensor, outputs: Sequence[str]) -> ir.Model:
         passes.OutputFixPass(),
         passes.NameFixPass(),
     )(model)
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix("own.").removeprefix("full.")
+        model.graph.initializers[value.name] = value
+    for node in model.graph:
+        _say_pooling(node)
+    passes.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _say_pooling(node: ir.Node) -> None:
+    """Call a mean over height and width what it is; runtimes know how to do that in their own layouts and in int8."""
+    x = node.inputs[0] if node.op_type == "ReduceMean" else None
+    axes = node.inputs[1] if x is not None and len(node.inputs) > 1 else None
+    if x is None or x.shape is None or axes is None or axes.const_value is None:
+        return
+    keeps_rank = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+    over = {int(axis) % len(x.shape) for axis in axes.const_value.numpy()}
+    if len(x.shape) == 4 and over == {2, 3} and keeps_rank:
+        node.op_type = "GlobalAveragePool"
+        node.attributes.clear()
+        node.resize_inputs(1)
+
+
+def fold_norms(model: ir.Model) -> None:
+    """Fold batch norms into the layers before them, in place: fewer nodes, and weights that are the net's own."""
+    RewritePass((rules.fuse_batchnorm_into_conv_rule, rules.fuse_batchnorm_into_gemm_rule))(model)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def cut(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
@@ -137,15 +163,3 @@ def _said(node: ir.Node, opsets: dict[str, int]) -> list[ir.Attr]:
         for name, attribute in node.attributes.items()
         if ir.serde.serialize_attribute(attribute) != schema.attributes[name].default_value
     ]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own doings."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    log.setLevel(level)

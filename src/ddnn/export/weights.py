@@ -1,9 +1,11 @@
 """One weights file for many graphs: every tensor that two of them have in common is in it once."""
 
 import hashlib
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 NAME = "weights.bin"
@@ -12,6 +14,16 @@ ALIGNMENT = 64
 PAGE = 4096
 """The same for tensors of at least `LARGE` bytes, so that each can be mapped into memory by itself."""
 LARGE = 2**20
+SMALL = 1024
+"""Bytes up to which whole numbers stay in the graphs: they are shapes and axes, which a runtime wants to see there."""
+
+
+class Place(NamedTuple):
+    """Where a tensor is in the file, and its name in all graphs."""
+
+    name: str
+    offset: int
+    length: int
 
 
 class Weights:
@@ -19,50 +31,42 @@ class Weights:
 
     def __init__(self) -> None:
         self._content = bytearray()
-        self._places: dict[tuple[Any, ...], str] = {}
-        self.tensors: dict[str, dict[str, Any]] = {}
-        """By name: dtype, shape and the tensor's first byte in the file."""
+        self._places: dict[tuple[Any, ...], Place] = {}
+        self._names: set[str] = set()
 
     def take(self, model: ir.Model, net: str) -> None:
         """Move the tensors of a graph of `net` out of it. In all graphs the same name then means the same tensor."""
-        graph = model.graph
-        renamed = {}
-        for name, value in list(graph.initializers.items()):
+        initializers = model.graph.initializers
+        for name, value in list(initializers.items()):
             tensor = value.const_value
             assert tensor is not None
-            if tensor.dtype == ir.DataType.INT64 or tensor.size <= 1:
+            array = tensor.numpy()
+            if array.size <= 1 or (array.dtype == np.int64 and array.nbytes <= SMALL):
                 continue
-            place = self._place(tensor, name, net)
-            about = self.tensors[place]
+            place = self._place(array, name, net)
+            del initializers[name]
+            if place.name in initializers:
+                ir.convenience.replace_all_uses_with(value, initializers[place.name])
+                continue
+            value.name = place.name
             value.const_value = ir.ExternalTensor(
-                NAME, about["offset"], about["bytes"], tensor.dtype, shape=tensor.shape, name=place
+                NAME, place.offset, place.length, tensor.dtype, shape=ir.Shape(array.shape), name=place.name
             )
-            renamed[name] = place
-        values = {name: graph.initializers.pop(name) for name in renamed}
-        for name, place in renamed.items():
-            values[name].name = place
-            graph.initializers[place] = values[name]
+            initializers[place.name] = value
 
-    def _place(self, tensor: ir.TensorProtocol, name: str, net: str) -> str:
-        array = np.ascontiguousarray(tensor.numpy())
+    def write(self, folder: Path) -> None:
+        """Write the file to a folder."""
+        (folder / NAME).write_bytes(self._content)
+
+    def _place(self, array: npt.NDArray[Any], name: str, net: str) -> Place:
         content = array.tobytes()
-        key = (str(array.dtype), array.shape, hashlib.sha256(content).digest())
+        key = (array.dtype, array.shape, hashlib.sha256(content).digest())
         if key not in self._places:
-            name = name.removeprefix("own.").removeprefix("full.")
-            name = f"{net}/{name}" if name in self.tensors else name
             alignment = PAGE if len(content) >= LARGE else ALIGNMENT
             self._content += bytes(-len(self._content) % alignment)
-            self.tensors[name] = {
-                "dtype": str(array.dtype),
-                "shape": list(array.shape),
-                "offset": len(self._content),
-                "bytes": len(content),
-            }
-            self._places[key] = name
+            name = f"{net}/{name}" if name in self._names else name
+            assert name not in self._names
+            self._names.add(name)
+            self._places[key] = Place(name, len(self._content), len(content))
             self._content += content
         return self._places[key]
-
-    @property
-    def content(self) -> bytes:
-        """The file."""
-        return bytes(self._content)
