@@ -5,17 +5,21 @@ Every file is read back by its runtime and has to compute what the network compu
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from ddnn.errors import ExportError
 from ddnn.export import manifest as manifests
+from ddnn.export.graph import cut, fold_norms, trace
 from ddnn.export.manifest import About
-from ddnn.export.parity import Array, compare, eager_logits
+from ddnn.export.parity import Array, compare, eager_logits, run
 from ddnn.export.quiet import quiet
+from ddnn.extras import advice
 from ddnn.files import new_folder
 from ddnn.network import DDNN
 
@@ -25,6 +29,8 @@ class Format:
     """How to write a network in eval mode for images like [2, 3, S, S], and how to run what was written."""
 
     suffix: str
+    package: str
+    """What has to be installed."""
     write: Callable[[nn.Module, Tensor, Path], None]
     run: Callable[[Path, Tensor], Array]
     """The logits [N, classes] of images [N, 3, S, S]."""
@@ -40,13 +46,11 @@ def export_alone(
     Raises `ExportError` where `out` exists, a name is unknown, the net was never calibrated, or a file differs from the
     network.
     """
-    if kind not in FORMATS:
-        raise ExportError(f"no format {kind!r}; there are: bundle, {', '.join(FORMATS)}")
+    form, size = format_of(kind), images.shape[-1]
     unknown = [name for name in subnets if name not in net.depths]
     if unknown:
         raise ExportError(f"no net {unknown[0]!r} in this run; it has {', '.join(net.depths)}")
     manifests.check(net, about, images)
-    form, size = FORMATS[kind], images.shape[-1]
     names = [name for name in net.depths if name in subnets or not subnets]
     expected = eager_logits(net, images)
     entries = []
@@ -61,19 +65,24 @@ def export_alone(
     return manifest
 
 
+def format_of(kind: str) -> Format:
+    """The format of that name; `ExportError` if there is none, or what it needs is not installed."""
+    if kind not in FORMATS:
+        raise ExportError(f"no format {kind!r}; there are: bundle, {', '.join(FORMATS)}")
+    try:
+        import_module(FORMATS[kind].package)
+    except ModuleNotFoundError as error:
+        raise ExportError(f"format {kind}: {advice(error)}") from None
+    return FORMATS[kind]
+
+
 def _write_onnx(net: nn.Module, images: Tensor, path: Path) -> None:
-    import onnx_ir as ir
-
-    from ddnn.export.graph import cut, fold_norms, trace
-
     model = cut(trace(net, images, ["logits"]), ["images"], ["logits"])
     fold_norms(model)
     ir.save(model, path)
 
 
 def _run_onnx(path: Path, images: Tensor) -> Array:
-    from ddnn.export.parity import run
-
     return run(path, {"images": images.numpy()})["logits"]
 
 
@@ -124,9 +133,9 @@ def _run_openvino(path: Path, images: Tensor) -> Array:
 
 
 FORMATS: Mapping[str, Format] = {
-    "onnx": Format(".onnx", _write_onnx, _run_onnx),
-    "torch-export": Format(".pt2", _write_torch, _run_torch),
-    "executorch": Format(".pte", _write_executorch, _run_executorch),
-    "openvino": Format(".xml", _write_openvino, _run_openvino),
+    "onnx": Format(".onnx", "onnx", _write_onnx, _run_onnx),
+    "torch-export": Format(".pt2", "torch", _write_torch, _run_torch),
+    "executorch": Format(".pte", "executorch", _write_executorch, _run_executorch),
+    "openvino": Format(".xml", "openvino", _write_openvino, _run_openvino),
 }
 """By the name that `ddnn export --format` takes."""

@@ -20,8 +20,7 @@ from ddnn.export.trial import Int8, try_out
 from ddnn.export.weights import Weights
 from ddnn.files import new_folder
 from ddnn.network import DDNN
-
-FORMAT = "ddnn-bundle"
+from ddnn.runtime.manifest import FORMAT, read
 
 Graphs = Mapping[str, ir.Model]
 """By name of the net, the full-net first: from `images` to `logits` and to every feature where paths part."""
@@ -61,6 +60,7 @@ def export_bundle(net: DDNN, out: Path, images: Tensor, about: About, int8: Int8
                 each.pop("validation", None)  # what is known of float32 says nothing of int8
                 each |= tried["nets"][each["name"]]["after"]
         manifests.write(folder, manifest)
+        read(folder)  # as a device will
     return manifest
 
 

@@ -13,7 +13,10 @@ from ddnn.data import DataSet, Images, eval_batches
 from ddnn.data.augment import stream
 from ddnn.data.sets import Stored
 from ddnn.errors import ExportError
+from ddnn.export import alone
+from ddnn.export.bundle import export_bundle
 from ddnn.export.manifest import About
+from ddnn.export.trial import Int8
 from ddnn.files import check_free
 from ddnn.trained import check_same_data, load_data, load_trained
 
@@ -43,19 +46,16 @@ def export_run(
         raise ExportError(f"int8 comes as a bundle only, not as {kind}; leave out the one or the other")
     if kind == "bundle" and subnets:
         raise ExportError("a bundle holds all sub-nets; to export some of them alone, choose another format")
-    check_free(out)  # before the data are loaded
+    check_free(out)  # this and the next before the data are loaded
+    if kind != "bundle":
+        alone.format_of(kind)
     net, ran = load_trained(run)
     dataset = load_data(run.recipe)
     check_same_data(run, dataset)
     images = _images(dataset, dataset.test, PARITY_IMAGES)
     about = _about(run, ran, dataset)
     if kind != "bundle":
-        from ddnn.export.alone import export_alone
-
-        return export_alone(net, out, images, about, kind, subnets)
-    from ddnn.export.bundle import export_bundle
-    from ddnn.export.trial import Int8
-
+        return alone.export_alone(net, out, images, about, kind, subnets)
     if not int8:
         return export_bundle(net, out, images, about)
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from ddnn.errors import ExportError
 from ddnn.evaluate import macs, parameters
 from ddnn.network import DDNN
+from ddnn.runtime.manifest import NAME, VERSION
 
-NAME = "manifest.json"
-VERSION = 1
 PACKAGES = ("ddnn", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "executorch")
 
 

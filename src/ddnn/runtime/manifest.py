@@ -127,8 +127,8 @@ def read(folder: Path) -> Manifest:
             "update ddnn"
         )
     top.only(
-        ["format", "version", "nets", "input", "classes", "files", "norm", "precision", "versions", "source"]
-    )  # the last two and norm tell people where it comes from; nothing here depends on them
+        ["format", "version", "nets", "input", "classes", "files", "norm", "precision", "int8", "versions", "source"]
+    )  # the last three and norm tell people where it comes from; nothing here depends on them
     files = {name: _file(top.section("files"), name) for name in top.section("files").content}
     nets: dict[str, Net] = {}
     for section in top.sections("nets"):
