@@ -23,6 +23,7 @@ SIZE = 8
 CLASSES = ("ant", "bee", "cat", "dog")
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 WIDTH = 16
+FEATURES = WIDTH * (SIZE // 2) ** 2
 
 PATHS = {
     "small": [("w1", "small1")],
@@ -41,7 +42,7 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     def normal(*shape: int, scale: float = 1.0, around: float = 0.0) -> np.ndarray:
         return (around + scale * random.standard_normal(shape)).astype(np.float32)
 
-    tensors = {"stem": normal(WIDTH, 3, 3, 3, scale=0.3), "head.weight": normal(len(CLASSES), WIDTH, scale=2)}
+    tensors = {"stem": normal(WIDTH, 3, 3, 3, scale=0.3), "head.weight": normal(len(CLASSES), FEATURES, scale=0.15)}
     tensors["head.bias"] = normal(len(CLASSES))
     for name in ("w1", "w2", "w3"):
         tensors[name] = normal(WIDTH, WIDTH, 3, 3, scale=0.12)
@@ -61,7 +62,7 @@ def reference(name: str, images: np.ndarray, tensors: Mapping[str, np.ndarray] |
         y = F.conv2d(x, t[conv], padding=1)
         parts = (t[f"{norm}.{each}"] for each in ("mean", "var", "scale", "bias"))
         x = (x + F.batch_norm(y, *parts)).relu()
-    return (x.mean((2, 3)) @ t["head.weight"].T + t["head.bias"]).numpy()
+    return (x.flatten(1) @ t["head.weight"].T + t["head.bias"]).numpy()
 
 
 def _nodes(name: str, start: int) -> list[onnx.NodeProto]:
@@ -85,8 +86,7 @@ def _nodes(name: str, start: int) -> list[onnx.NodeProto]:
     last = f"f{len(PATHS[name])}"
     return [
         *nodes,
-        helper.make_node("GlobalAveragePool", [last], ["g"]),
-        helper.make_node("Flatten", ["g"], ["v"]),
+        helper.make_node("Flatten", [last], ["v"]),
         helper.make_node("Gemm", ["v", "head.weight", "head.bias"], ["logits"], transB=1),
     ]
 
@@ -142,7 +142,7 @@ def make(folder: Path, *, resize: int = SIZE, seed: int = 0) -> Path:
         (folder / f"{name}.onnx").write_bytes(_graph(name, -1, [], places))
         (folder / f"{name}.cascade.onnx").write_bytes(_graph(name, begin, list(keeps.values()), places))
         block = WIDTH * WIDTH * 9 * (SIZE // 2) ** 2
-        macs = WIDTH * 27 * (SIZE // 2) ** 2 + block * len(PATHS[name]) + WIDTH * len(CLASSES)
+        macs = WIDTH * 27 * (SIZE // 2) ** 2 + block * len(PATHS[name]) + FEATURES * len(CLASSES)
         nets.append(
             {
                 "name": name,

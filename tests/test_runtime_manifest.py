@@ -159,7 +159,7 @@ def test_manifests_that_cannot_be_are_refused(bundle: Path, mistake: str) -> Non
 
 
 def test_a_depth_that_is_not_there_is_named(bundle: Path) -> None:
-    with pytest.raises(RequestError, match="no depth 'huge' in the bundle .*; it has small, middle, large"):
+    with pytest.raises(RequestError, match=r"no depth 'huge' in the bundle .*; it has small, middle, large"):
         ddnn.load(bundle, only=["huge"])
     with pytest.raises(RequestError, match="no depth 'huge' in this bundle; it has small, middle, large"):
         ddnn.load(bundle)(bundles.normalised(1), depth="huge")
@@ -177,14 +177,14 @@ def test_weights_outside_of_the_folder_are_not_read(bundle: Path) -> None:
         next(entry for entry in tensor.external_data if entry.key == "location").value = "../weights.bin"
     (bundle / "small.onnx").write_bytes(model.SerializeToString())
     bundles.seal(bundle)
-    with pytest.raises(BundleError, match="cannot load .*small.onnx"):
+    with pytest.raises(BundleError, match=r"cannot load .*small.onnx"):
         ddnn.load(bundle)(bundles.normalised(1), "small")
 
 
 def test_a_graph_that_is_none_is_named(bundle: Path) -> None:
     (bundle / "small.onnx").write_bytes(b"no graph")
     bundles.seal(bundle)
-    with pytest.raises(BundleError, match="onnxruntime .* cannot load .*small.onnx"):
+    with pytest.raises(BundleError, match=r"onnxruntime .* cannot load .*small.onnx"):
         ddnn.load(bundle)(bundles.normalised(1), "small")
 
 
@@ -194,7 +194,7 @@ def test_a_graph_of_another_size_is_named(bundle: Path) -> None:
     (bundle / "manifest.json").write_text(json.dumps(content))
     import numpy as np
 
-    with pytest.raises(BundleError, match="onnxruntime .* cannot run small.onnx"):
+    with pytest.raises(BundleError, match=r"onnxruntime .* cannot run small.onnx"):
         ddnn.load(bundle)(np.zeros((1, 3, 16, 16), np.float32), "small")
 
 

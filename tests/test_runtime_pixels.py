@@ -144,9 +144,9 @@ def test_files_that_are_no_images_are_named(tmp_path: Path, what: str) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="nowhere.png cannot be read as an image: FileNotFoundError"):
+    with pytest.raises(RequestError, match=r"nowhere.png cannot be read as an image: FileNotFoundError"):
         open_rgb(tmp_path / "nowhere.png")
-    with pytest.raises(RequestError, match="cannot be read as an image: IsADirectoryError"):
+    with pytest.raises(RequestError, match=r"cannot be read as an image: IsADirectoryError"):
         open_rgb(tmp_path)
 
 

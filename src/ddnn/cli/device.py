@@ -25,6 +25,9 @@ Shared = Annotated[bool, typer.Option("--shared", help="Hold the weights of all 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 LatencyMs = Annotated[float | None, typer.Option("--latency-ms", metavar="MS", help="Longest a call may take.")]
 
+BUSY = 0.1
+"""Share of the time taken by other work from which on a measurement is not to be trusted."""
+
 
 @app.command()
 def predict(
@@ -129,6 +132,11 @@ def profile(
     _print_profile(measured, manifest)
     for path in files:
         print(path)
+    if (busy := max(row.busy for row in measured.rows)) > BUSY:
+        typer.echo(
+            f"warning: other work had this machine for up to {busy:.0%} of the time; measure again when it is idle",
+            err=True,
+        )
 
 
 def _profile_files(measured: "Profile", manifest: "Manifest", folder: Path) -> list[Path]:
@@ -158,8 +166,8 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
             "-" if top1 is None else f"{100 * top1:.2f}",
             str(row.batch),
             f"{row.threads}{' shared' if row.shared else ''}",
-            f"{row.p50_ms:.3g}",
-            f"{row.p95_ms:.3g}",
+            _three(row.p50_ms),
+            _three(row.p95_ms),
             _whole(row.memory_mb),
             _whole(row.peak_mb),
         )
@@ -170,6 +178,10 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
             f"all depths in one process{shared}, batch {each.batch}: {_whole(each.memory_mb)} MiB, "
             f"at most {_whole(each.peak_mb)} MiB"
         )
+
+
+def _three(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _whole(number: float | None) -> str:
@@ -310,11 +322,10 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     for i, row in enumerate(content.rows):
         if i == len(measured.fixed):
             table.add_section()
-        first = f"{row[0].text} {row[0].detail}".strip()
-        table.add_row(escape(first), *(cell.text for cell in row[1:]), style="bold" if row[0].text == "chosen" else "")
+        table.add_row(escape(row[0].text), *(cell.text for cell in row[1:]), style="bold" if row[0].strong else "")
     Console(width=None if Console().is_terminal else 160).print(table)
     print(f"{sentences.headline(measured)}.")
-    for _, sentence in sentences.verdicts(measured, manifest):
+    for sentence in [text for _, text in sentences.verdicts(measured)] + sentences.reasons(measured, manifest):
         print(f"- {sentence}.")
     print(f"{sentences.worst(measured)}.")
     chosen = measured.points[measured.chosen]

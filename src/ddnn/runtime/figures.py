@@ -1,12 +1,14 @@
 """What a profile and a cascade look like."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ddnn.figure import Drawing, new_figure, render, short
-from ddnn.runtime.curve import Curve
+from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Net
-from ddnn.runtime.profile import Profile, Row
+from ddnn.runtime.profile import Profile, Row, threads_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,11 +34,11 @@ def draw_cascade(curve: Curve) -> Drawing:
             points = sorted(curve.points, key=lambda point: point.took[batch].mean)
             fixed = sorted(curve.fixed, key=lambda point: point.took[batch].mean)
             axes.plot(
-                [p.took[batch].mean for p in points], [100 * p.accuracy for p in points],
+                [p.took[batch].mean for p in points], _accuracies(points),
                 label="cascade, by its thresholds", zorder=3, **_BLUE,
             )  # fmt: skip
             axes.plot(
-                [p.took[batch].mean for p in fixed], [100 * p.accuracy for p in fixed],
+                [p.took[batch].mean for p in fixed], _accuracies(fixed),
                 label="one depth for all images", linewidth=1.4, zorder=4, **_BLACK,
             )  # fmt: skip
             chosen = curve.points[curve.chosen]
@@ -44,14 +46,18 @@ def draw_cascade(curve: Curve) -> Drawing:
                 [chosen.took[batch].mean], [100 * chosen.accuracy], linestyle="none", marker="o", markersize=13,
                 markerfacecolor="none", markeredgecolor="#D55E00", markeredgewidth=2, zorder=5, label="chosen",
             )  # fmt: skip
-            _name(axes, {p.name: (p.took[batch].mean, 100 * p.accuracy) for p in fixed})
+            for p in fixed:  # the name goes where the curve is not
+                curve_at = float(
+                    np.interp(p.took[batch].mean, [q.took[batch].mean for q in points], _accuracies(points))
+                )
+                _name(axes, p.name, (p.took[batch].mean, 100 * p.accuracy), above=curve_at < 100 * p.accuracy)
             axes.set_title("one image at a time" if batch == 1 else f"batches of {batch}", loc="left")
             axes.set_xlabel("mean latency of a call (ms)")
         panels[0].set_ylabel("top-1 on held-out images (%)")
         _legend(figure, panels[0], columns=3)
         return figure
 
-    caption = f"Accuracy against measured latency on {curve.machine}, {curve.threads} threads"
+    caption = f"Accuracy against measured latency on {curve.machine}, {threads_of(curve.threads)}"
     return _drawn("cascade", caption, draw)
 
 
@@ -68,12 +74,13 @@ def draw_profile(profile: Profile, nets: Mapping[str, Net]) -> Drawing:
                 _series(axes, rows, nets, setting, look)
             longest = max((row for row in profile.rows if row.batch == batch), key=lambda row: row.p50_ms)
             rows = [r for r in profile.rows if r.condition == longest.condition]
-            _name(axes, {r.depth: (r.p50_ms, 100 * (nets[r.depth].top1 or 0)) for r in rows})
+            for row in rows:
+                _name(axes, row.depth, (row.p50_ms, 100 * (nets[row.depth].top1 or 0)), above=False)
             axes.set_title("one image at a time" if batch == 1 else f"batches of {batch}", loc="left")
             axes.set_xlabel("latency of a call (ms): median, bar to the 95th percentile")
             axes.set_xlim(left=0)
         panels[0].set_ylabel("top-1 on the test images (%)")
-        _legend(figure, panels[0], columns=min(3, len(settings)))
+        _legend(figure, panels[0], columns={1: 1, 3: 3}.get(len(settings), 2))
         return figure
 
     return _drawn("profile", f"Accuracy against latency of every depth on {profile.machine}", draw)
@@ -84,7 +91,7 @@ def _series(
 ) -> None:
     """The depths under one setting."""
     shared, threads = setting
-    label = f"{threads} thread{'s' if threads > 1 else ''}{', shared weights' if shared else ''}"
+    label = f"{threads_of(threads)}{', shared weights' if shared else ''}"
     axes.errorbar(
         [row.p50_ms for row in rows], [100 * (nets[row.depth].top1 or 0) for row in rows],
         xerr=([0.0] * len(rows), [max(0.0, row.p95_ms - row.p50_ms) for row in rows]),
@@ -99,19 +106,23 @@ def _panels(count: int) -> tuple["Figure", list["Axes"]]:
     grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes in grid:
         axes.grid(axis="y")
-        axes.margins(x=0.1, y=0.12)
+        axes.margins(x=0.16, y=0.12)
         axes.tick_params(labelleft=True)
     for axes in grid[count:]:
         axes.set_visible(False)
     return figure, grid[:count]
 
 
-def _name(axes: "Axes", at: Mapping[str, tuple[float, float]]) -> None:
-    for name, place in at.items():
-        axes.annotate(
-            short(name), place, (6, -5), textcoords="offset points", ha="left", va="top", fontsize=9, zorder=6,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
-        )  # fmt: skip
+def _name(axes: "Axes", name: str, place: tuple[float, float], *, above: bool) -> None:
+    """Write a name left above a point, or right below it."""
+    axes.annotate(
+        short(name), place, (-6, 4) if above else (6, -5), textcoords="offset points", fontsize=9, zorder=2,
+        ha="right" if above else "left", va="bottom" if above else "top",
+    )  # fmt: skip
+
+
+def _accuracies(points: Sequence[Point]) -> list[float]:
+    return [100 * point.accuracy for point in points]
 
 
 def _legend(figure: "Figure", axes: "Axes", columns: int) -> None:

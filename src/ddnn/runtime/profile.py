@@ -33,6 +33,11 @@ FEWEST_RUNS = 40
 MOST_RUNS = 400
 
 
+def threads_of(count: int) -> str:
+    """For a person."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 class Condition(NamedTuple):
     """What latency depends on beside the depth."""
 
@@ -41,8 +46,7 @@ class Condition(NamedTuple):
     shared: bool = False
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"batch {self.batch}, {threads}{', shared weights' if self.shared else ''}"
+        return f"batch {self.batch}, {threads_of(self.threads)}{', shared weights' if self.shared else ''}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Row:
     p95_ms: float
     """That all but one in twenty calls stayed below."""
     runs: int
+    busy: float
+    """Share of the time in which this process was kept from running by other work on the machine."""
     memory_mb: float | None
     """MiB in memory of a process that holds this depth alone and has run such batches."""
     peak_mb: float | None
@@ -181,10 +187,10 @@ def measure(
         together.append(Together(batch, shared, *memory[""]))
         for count, model in models.items():
             watch(f"latency, {Condition(batch, count, shared)}")
-            times = side_by_side(model, batch, seconds)
+            times, busy = side_by_side(model, batch, seconds)
             for name, taken in times.items():
                 p50, p95 = (float(np.percentile(taken, percent)) for percent in (50, 95))
-                rows.append(Row(name, batch, count, shared, p50, p95, len(taken), *memory[name]))
+                rows.append(Row(name, batch, count, shared, p50, p95, len(taken), busy, *memory[name]))
     path = machine_folder(manifest.folder, machine) / NAME
     profile = _joined(path, Profile(manifest.digest, machine, now(), rows, together))
     content = {"format": "ddnn-profile", "version": VERSION, **asdict(profile)}
@@ -209,11 +215,14 @@ def _joined(path: Path, new: Profile) -> Profile:
     return Profile(new.bundle, new.machine, new.measured, rows, sorted(together, key=lambda e: (e.shared, e.batch)))
 
 
-def side_by_side(model: "Model", batch: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of calls of every depth, in turns."""
+def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
     size = model.manifest.input.size
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-    return in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
+    wall, cpu = time.perf_counter(), time.process_time()
+    times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return times, max(0.0, 1 - cpu / wall)
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:

@@ -62,8 +62,8 @@ def headline(curve: Curve) -> str:
     return f"The cascade pays in some cases: {saves}; not in batches of {_and(others)}"
 
 
-def verdicts(curve: Curve, manifest: Manifest) -> list[tuple[Literal["above", "below", "same"], str]]:
-    """One sentence for every batch size, then why it does not pay where it does not."""
+def verdicts(curve: Curve) -> list[tuple[Literal["above", "below", "same"], str]]:
+    """One sentence for every batch size, and whether the cascade is above, below or the same as the depth alone."""
     depth = reference(curve)
     found: list[tuple[Literal["above", "below", "same"], str]] = []
     for batch in curve.batches:
@@ -72,8 +72,6 @@ def verdicts(curve: Curve, manifest: Manifest) -> list[tuple[Literal["above", "b
         if each.point is not None and abs(each.ratio - 1) < EVEN:
             kind = "same"
         found.append((kind, verdict(each, curve)))
-    if depth is not curve.fixed[0] and any(not match(curve, depth, batch).pays for batch in curve.batches):
-        found += [("same", sentence) for sentence in reasons(curve, manifest)]
     return found
 
 
@@ -100,8 +98,10 @@ def verdict(each: Match, curve: Curve) -> str:
 
 
 def reasons(curve: Curve, manifest: Manifest) -> list[str]:
-    """Why a cascade saves less than one might hope, each with its number."""
+    """Why a cascade does not pay where it does not, each with its number; empty where it pays everywhere."""
     depth, batch = reference(curve), curve.batches[0]
+    if depth is curve.fixed[0] or all(match(curve, depth, size).pays for size in curve.batches):
+        return []
     found = []
     first, net = curve.nets[0], manifest.nets[depth.name]
     if net.cascade and net.macs and depth.name != first and (shared := 1 - net.cascade.macs / net.macs) < 0.5:

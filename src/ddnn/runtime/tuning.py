@@ -143,7 +143,7 @@ def part_costs(model: "Model", held: HeldOut, batch: int, seconds: float) -> lis
 def _latencies(
     model: "Model", found: list[list[float]], judge: HeldOut, judged: Seen, batch: int, seconds: float
 ) -> tuple[dict[Hashable, Took], int]:
-    """Of every depth and every cascade, on the same batches in turns; and the number of batches.
+    """Of every depth and every cascade, on the same batches in turns; and the number of batches that count.
 
     The images are spread evenly over the confidence of the shallowest net, so that a small sample has its fair share of
     those that go on.
@@ -167,4 +167,15 @@ def _latencies(
             start = time.perf_counter()
             call(images)
             times[key].append(1000 * (time.perf_counter() - start))
-    return {key: Took(float(np.mean(taken)), float(np.percentile(taken, 95))) for key, taken in times.items()}, rounds
+    table = np.array(list(times.values()))
+    table = table[:, undisturbed(table.sum(axis=0))]
+    took = [Took(float(taken.mean()), float(np.percentile(taken, 95))) for taken in table]
+    return dict(zip(times, took, strict=True)), table.shape[1]
+
+
+def undisturbed(rounds: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which rounds to count, from the time each took: those of more than twice the median, the machine did other work.
+
+    A round holds every depth and every cascade, so whether it counts depends on none of them.
+    """
+    return rounds <= 2 * np.median(rounds)
