@@ -64,6 +64,7 @@ def predict(
     from PIL import Image
 
     import ddnn
+    from ddnn.runtime.cascade import checked
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
     model = ddnn.load(bundle, threads=threads)
@@ -71,15 +72,15 @@ def predict(
         depth = model.within(latency_ms=latency_ms)
     thresholds = None
     if cascade:
-        thresholds = threshold or model.thresholds()
-        thresholds = thresholds * (len(model.nets) - 1) if len(thresholds) == 1 else thresholds
+        chosen = threshold or model.thresholds()
+        thresholds = checked(chosen[0] if len(chosen) == 1 else chosen, list(model.nets.values()))
+    else:
+        model.warm(depth or next(reversed(model.nets)))  # what is wrong with the depth is wrong for every image
     found: list[dict[str, Any]] = []
     for path in images:
         try:
             prediction = model.predict(path, depth, top=top, threshold=thresholds)
         except RequestError as error:
-            if depth is not None and depth not in model.nets:
-                raise
             found.append({"image": str(path), "error": str(error)})
             typer.echo(f"error: {error}", err=True)
         else:

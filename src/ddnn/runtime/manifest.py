@@ -235,9 +235,7 @@ def _file(files: _Section, name: str) -> File:
 
 
 def _net(section: _Section, files: dict[str, File], shallower: dict[str, Net]) -> Net:
-    section.only(
-        ["name", "depths", "graph", "macs", "params", "top1", "top5", "validation", "parity", "cascade", "int8"]
-    )
+    section.only(["name", "depths", "graph", "macs", "params", "top1", "top5", "validation", "parity", "cascade"])
     name = section.text("name")
     if name in shallower:
         section.wrong("name", f"{name!r} is that of another net too")

@@ -102,9 +102,10 @@ class Model:
         """
         if threshold is not None and depth is not None:
             raise RequestError(f"both the depth {depth} and a threshold are given; a cascade chooses the depth itself")
+        net = self._net(depth)
         batch = self.read(path)[None]
         if threshold is None:
-            logits, name = self(batch, depth), self._net(depth).name
+            logits, name = self(batch, depth), net.name
         else:
             answer = self.cascade(batch, threshold)
             logits, name = answer.logits, list(self.nets)[int(answer.answered[0])]
