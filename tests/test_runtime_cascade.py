@@ -1,5 +1,6 @@
 """The cascade: what it answers, that nothing is computed twice, and how its thresholds are chosen."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -415,6 +416,15 @@ def test_where_it_does_not_pay_is_said() -> None:
     shallow = a_curve(MS, [0.75], {1: [1.0], 8: [8.0]})
     shallow.fixed[0].__dict__["accuracy"] = 0.9
     assert "small, the shallowest net, is the most accurate already" in sentences.headline(shallow)
+
+
+def test_a_quicker_depth_that_may_be_as_good_is_said() -> None:
+    assert sentences.caveat(PAYS) is None  # 10 points apart on 400 images, a standard error is 2.3
+    near = dataclasses.replace(PAYS, judged=20)
+    assert sentences.caveat(near) == (
+        "middle alone, 60.00 % in 2 ms at batch 1, is within one standard error (10.2 points) of large: on 20 images the "
+        "difference may be chance"
+    )
 
 
 def test_points_are_chosen_for_what_is_wanted() -> None:

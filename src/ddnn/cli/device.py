@@ -328,7 +328,9 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     print(f"{sentences.headline(measured)}.")
     for sentence in [text for _, text in sentences.verdicts(measured)] + sentences.reasons(measured, manifest):
         print(f"- {sentence}.")
-    print(f"{sentences.worst(measured)}.")
+    for last in (sentences.worst(measured), sentences.caveat(measured)):
+        if last:
+            print(f"{last}.")
     chosen = measured.points[measured.chosen]
     print(
         f"Chosen for {measured.wanted}: thresholds {' '.join(map(tables.threshold, chosen.thresholds))}, top-1 "
