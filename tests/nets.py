@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ddnn
-from ddnn.families import FULL_NETS, build
+from ddnn.families import FULL_NETS
 from ddnn.network import DDNN
 
 
@@ -31,12 +31,6 @@ def small(norm: str = "private", head: str = "shared") -> DDNN:
     torch.manual_seed(0)
     full_net = FULL_NETS["cifar/resnet14"](num_classes=5, width=4)
     return shaken(ddnn.nest(full_net, {"a": (1, 1, 1), "b": (2, 1, 1)}, full_name="c", norm=norm, head=head))
-
-
-def preset(name: str, norm: str = "private", classes: int = 10, width: int = 4) -> DDNN:
-    torch.manual_seed(0)
-    full_net, table = build(name, classes, width)
-    return shaken(ddnn.nest(full_net, table, norm=norm))
 
 
 def images(n: int = 4, size: int = 16) -> torch.Tensor:

@@ -98,6 +98,14 @@ def check(net: DDNN, about: About, images: Tensor) -> None:
         classes = net.nets[net.full_name](images[:1]).shape[1]
     if len(about.classes) != classes:
         raise ExportError(f"{len(about.classes)} class names are given for the {classes} outputs of the network")
+    if len(set(about.classes)) != classes:
+        raise ExportError("two classes have the same name; names must tell them apart")
+    if len(about.mean) != 3 or len(about.std) != 3 or min(about.std) <= 0:
+        raise ExportError(f"mean and std are numbers for 3 channels, std above 0, not {about.mean} and {about.std}")
+    if about.resize is not None and about.resize < images.shape[2]:
+        raise ExportError(
+            f"resize={about.resize} is less than the {images.shape[2]} pixels that are cut out afterwards"
+        )
 
 
 def _block(value: Any) -> str:
