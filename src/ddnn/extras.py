@@ -16,6 +16,8 @@ PACKAGES = {
     "examples": ("accelerate", "lightning", "timm", "transformers"),
     "export": ("onnx", "onnx_ir", "onnxscript"),
     "runtime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "figures": ("jinja2", "markupsafe", "matplotlib"),
 }
 """Import names by extra."""
