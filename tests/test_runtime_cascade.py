@@ -422,8 +422,8 @@ def test_a_quicker_depth_that_may_be_as_good_is_said() -> None:
     assert sentences.caveat(PAYS) is None  # 10 points apart on 400 images, a standard error is 2.3
     near = dataclasses.replace(PAYS, judged=20)
     assert sentences.caveat(near) == (
-        "middle alone, 60.00 % in 2 ms at batch 1, is within one standard error (10.2 points) of large: on 20 images the "
-        "difference may be chance"
+        "middle alone, 60.00 % in 2 ms at batch 1, is within one standard error (10.2 points) of large: on 20 images "
+        "the difference may be chance"
     )
 
 

@@ -9,6 +9,7 @@ from ddnn.figure import Drawing, new_figure, render, short
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.profile import Profile, Row, threads_of
+from ddnn.runtime.sentences import standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,12 +34,13 @@ def draw_cascade(curve: Curve) -> Drawing:
         for batch, axes in zip(batches, panels, strict=True):
             points = sorted(curve.points, key=lambda point: point.took[batch].mean)
             fixed = sorted(curve.fixed, key=lambda point: point.took[batch].mean)
+            errors = [100 * standard_error(point, curve.judged) for point in fixed]
             axes.plot(
                 [p.took[batch].mean for p in points], _accuracies(points),
                 label="cascade, by its thresholds", zorder=3, **_BLUE,
             )  # fmt: skip
-            axes.plot(
-                [p.took[batch].mean for p in fixed], _accuracies(fixed),
+            axes.errorbar(
+                [p.took[batch].mean for p in fixed], _accuracies(fixed), yerr=errors, elinewidth=0.9, capsize=2.5,
                 label="one depth for all images", linewidth=1.4, zorder=4, **_BLACK,
             )  # fmt: skip
             chosen = curve.points[curve.chosen]
@@ -53,11 +55,15 @@ def draw_cascade(curve: Curve) -> Drawing:
                 _name(axes, p.name, (p.took[batch].mean, 100 * p.accuracy), above=curve_at < 100 * p.accuracy)
             axes.set_title("one image at a time" if batch == 1 else f"batches of {batch}", loc="left")
             axes.set_xlabel("mean latency of a call (ms)")
+        low, high = panels[0].get_ylim()  # not so near that chance looks like a difference
+        middle, half = (low + high) / 2, max((high - low) / 2, 4 * max(errors))
+        panels[0].set_ylim(middle - half, middle + half)
         panels[0].set_ylabel("top-1 on held-out images (%)")
         _legend(figure, panels[0], columns=3)
         return figure
 
-    caption = f"Accuracy against measured latency on {curve.machine}, {threads_of(curve.threads)}"
+    where = f"{curve.machine}, {threads_of(curve.threads)}"
+    caption = f"Accuracy against measured latency on {where}; bars are one standard error"
     return _drawn("cascade", caption, draw)
 
 

@@ -139,7 +139,7 @@ def worst(curve: Curve) -> str:
 def caveat(curve: Curve) -> str | None:
     """That a quicker depth is as good as the most accurate one, as far as so few images can tell; None if none is."""
     depth, batch = reference(curve), curve.batches[0]
-    error = _standard_error(depth, curve.judged)
+    error = standard_error(depth, curve.judged)
     near = [
         point
         for point in curve.fixed
@@ -150,19 +150,20 @@ def caveat(curve: Curve) -> str | None:
     quickest = min(near, key=lambda point: point.took[batch].mean)
     return (
         f"{quickest.name} alone, {percent(quickest.accuracy)} in {_ms(quickest.took[batch].mean)} at batch {batch}, is "
-        f"within one standard error ({100 * error:.1f} points) of {depth.name}: on {curve.judged} images the difference "
-        "may be chance"
+        f"within one standard error ({100 * error:.1f} points) of {depth.name}: on {curve.judged} images the "
+        "difference may be chance"
     )
 
 
-def _standard_error(point: Point, images: int) -> float:
+def standard_error(point: Point, images: int) -> float:
+    """Of an accuracy measured on so many images."""
     return float((point.accuracy * (1 - point.accuracy) / images) ** 0.5)
 
 
 def notes(curve: Curve) -> list[str]:
     """How to read the numbers."""
     batch = curve.batches[0]
-    deviation = _standard_error(curve.points[curve.chosen], curve.judged)
+    deviation = standard_error(curve.points[curve.chosen], curve.judged)
     return [
         "A net answers where its confidence, the probability it gives to its most likely class, reaches its threshold; "
         "otherwise the image goes on to the next net, which starts from what has been computed already.",
