@@ -153,7 +153,7 @@ def _backward(
     with state.autocast():
         outputs = state.forward(images)
         teacher = state.taught(images)
-    terms = state.objective(outputs, target, teacher)
+    terms = state.objective_now(outputs, target, teacher)
     (share * torch.stack(list(terms.values())).sum()).backward()
     return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
 
@@ -165,7 +165,7 @@ def _lean_backward(
     with state.autocast():
         teacher = state.taught(images)
     return branchwise_backward(
-        state.net, state.objective, images, target, teacher, scale=share, autocast=state.autocast
+        state.net, state.objective_now, images, target, teacher, scale=share, autocast=state.autocast
     )
 
 
