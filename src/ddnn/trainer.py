@@ -62,12 +62,12 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
-    keep_freed_memory()
     dataset = load_data(recipe)
     check_same_data(run, dataset)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)
+    keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = run.load_checkpoint()
     network = recipe.network if kept is None else recipe.network.model_copy(update={"weights": None})
     state = State.fresh(recipe, build(network, len(dataset.classes)), steps, device)
