@@ -375,6 +375,7 @@ def a_curve(ms: dict[int, list[float]], accuracies: list[float], cascade_ms: dic
             judged=400,
             through={b: Took(2 * ms[b][-1], 3 * ms[b][-1]) for b in ms},
             calls=dict.fromkeys(ms, 20),
+            busy=0.0,
             fixed=fixed,
             points=points,
         )

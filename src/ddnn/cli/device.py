@@ -25,9 +25,6 @@ Shared = Annotated[bool, typer.Option("--shared", help="Hold the weights of all 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 LatencyMs = Annotated[float | None, typer.Option("--latency-ms", metavar="MS", help="Longest a call may take.")]
 
-BUSY = 0.1
-"""Share of the time taken by other work from which on a measurement is not to be trusted."""
-
 
 @app.command()
 def predict(
@@ -133,10 +130,15 @@ def profile(
     _print_profile(measured, manifest)
     for path in files:
         print(path)
-    if (busy := max(row.busy for row in measured.rows)) > BUSY:
+    _warn_if_busy(max(row.busy for row in measured.rows))
+
+
+def _warn_if_busy(busy: float) -> None:
+    from ddnn.runtime.sentences import BUSY
+
+    if busy > BUSY:
         typer.echo(
-            f"warning: other work had this machine for up to {busy:.0%} of the time; measure again when it is idle",
-            err=True,
+            f"warning: other work had this machine for {busy:.0%} of the time; measure again when it is idle", err=True
         )
 
 
@@ -299,6 +301,7 @@ def cascade(
         _print_curve(measured, model.manifest)
         for path in files:
             print(path)
+        _warn_if_busy(measured.busy)
     if unmet is not None:
         raise unmet
 
@@ -358,7 +361,7 @@ def _drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
         if (sentence := advice(error)) is None:
             raise
         if not quiet:
-            typer.echo(f"no figure: {sentence}", err=True)
+            typer.echo(f"no page or figure: {sentence}", err=True)
         return []
 
 

@@ -68,6 +68,8 @@ class Curve:
     """Of a cascade whose images all go all the way, by batch size."""
     calls: dict[int, int]
     """Calls that latencies are means over, by batch size."""
+    busy: float
+    """Share of the time in which this process was kept from running by other work on the machine."""
     fixed: list[Point]
     points: list[Point]
     """Cheap to dear."""

@@ -6,6 +6,8 @@ from typing import Literal
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Manifest
 
+BUSY = 0.1
+"""Share of the time taken by other work from which on a measurement is not to be trusted."""
 EVEN = 0.03
 """Latencies that differ by less than this share are called the same."""
 
@@ -174,6 +176,11 @@ def notes(curve: Curve) -> list[str]:
         f"pixels to logits: {', '.join(f'{calls} calls in batches of {size}' for size, calls in curve.calls.items())}.",
         f"Thresholds were chosen for the time of the parts in batches of {batch}.",
         f"Latencies that differ by less than {EVEN:.0%} are called the same.",
+        *(
+            [f"Other work had the machine for {curve.busy:.0%} of the time: measure again when it is idle."]
+            if curve.busy > BUSY
+            else []
+        ),
     ]
 
 

@@ -64,9 +64,11 @@ def measure(
     macs = [net.cascade.macs for net in nets if net.cascade]
     through = [NEVER] * (len(nets) - 1)
     calls, took = {}, {}
+    wall, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         watch(f"latency in batches of {batch}")
         took[batch], calls[batch] = _latencies(model, [*found, through], judged_by, judged, batch, seconds)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     points = [
         Point(
             name="",
@@ -102,6 +104,7 @@ def measure(
         judged=len(judged_by),
         through={batch: took[batch][tuple(through)] for batch in batches},
         calls=calls,
+        busy=max(0.0, 1 - cpu / wall),
         fixed=fixed,
         points=points,
     )
