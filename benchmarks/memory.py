@@ -31,7 +31,7 @@ if bundle:
     model = ddnn.load(bundle, only, threads=1, shared=shared)
     model.warm(*model.depths)
     if cascade:
-        model.warm(cascade=True)
+        model.warm(threshold=1.5)
 print("ready", flush=True)
 sys.stdin.readline()
 print(json.dumps(memory()), flush=True)

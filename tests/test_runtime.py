@@ -14,7 +14,7 @@ from PIL import Image
 import bundles
 import ddnn
 from ddnn.errors import RequestError
-from ddnn.runtime.initializers import externals
+from ddnn.runtime.graphs import externals
 from ddnn.runtime.machine import this_machine
 
 

@@ -16,11 +16,11 @@ import bundles
 import ddnn
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.runtime import curve as curves
-from ddnn.runtime import heldout, sentences, tables, thresholds, tuning
-from ddnn.runtime.cascade import NEVER, confidence, probabilities
+from ddnn.runtime import graphs, heldout, sentences, tables, thresholds, tuning
+from ddnn.runtime.cascade import NEVER, UNREACHED, confidence, probabilities
 from ddnn.runtime.curve import Curve, Point, Took
 from ddnn.runtime.machine import this_machine
-from ddnn.runtime.thresholds import Seen
+from ddnn.runtime.thresholds import Costs, Seen
 
 NETS = list(bundles.PATHS)
 
@@ -45,7 +45,9 @@ def by_hand(images: np.ndarray, given: list[float]) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("given", [0.0, 0.6, 0.9, [0.99, 0.5], [0.3, NEVER], [NEVER, 0.0], NEVER, 1.0])
+@pytest.mark.parametrize(
+    "given", [0.0, 0.6, 0.9, [0.99, 0.5], [0.3, NEVER], [NEVER, 0.0], NEVER, UNREACHED, [NEVER, 0.9], 1.0]
+)
 def test_a_cascade_answers_as_written_out(bundle: Path, given: Any, shared: bool) -> None:
     model = ddnn.load(bundle, shared=shared)
     images = bundles.normalised(23, seed=3)
@@ -87,9 +89,9 @@ def test_nothing_is_computed_twice(bundle: Path, monkeypatch: pytest.MonkeyPatch
     ran: list[tuple[str, int]] = []
     run = model._sessions.run
 
-    def watched(graph: str, outputs: Any, inputs: Any) -> Any:
+    def watched(graph: str, outputs: Any, inputs: Any, **how: Any) -> Any:
         ran.append((graph, len(next(iter(inputs.values())))))
-        return run(graph, outputs, inputs)
+        return run(graph, outputs, inputs, **how)
 
     monkeypatch.setattr(model._sessions, "run", watched)
     images = bundles.normalised(23, seed=3)
@@ -99,6 +101,39 @@ def test_nothing_is_computed_twice(bundle: Path, monkeypatch: pytest.MonkeyPatch
     ran.clear()
     model.cascade(images, 0.0)
     assert ran == [("small.cascade.onnx", 23)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_a_net_left_out_runs_no_more_than_others_need(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """In all, a cascade of the deepest alone is the deepest alone: its convolutions, each once."""
+    model = ddnn.load(bundle, shared=shared)
+    cut: list[onnx.ModelProto] = []
+    original = graphs.cut_to
+
+    def watched(graph: bytes, outputs: Any) -> bytes:
+        made = original(graph, outputs)
+        cut.append(onnx.load_model_from_string(made))
+        return made
+
+    monkeypatch.setattr(graphs, "cut_to", watched)
+    images = bundles.normalised(5)
+    expected = bundles.reference("large", images)
+    assert np.abs(model.cascade(images, NEVER).logits - expected).max() < 1e-5 * np.abs(expected).max()
+    assert [[output.name for output in model.graph.output] for model in cut] == [["f0"], ["f1"]]
+    if not shared:
+        blocks = [sum(node.op_type == "Conv" for node in model.graph.node) for model in cut]
+        rest = onnx.load(bundle / "large.cascade.onnx", load_external_data=False).graph.node
+        assert [*blocks, sum(node.op_type == "Conv" for node in rest)] == [1, 1, 2]
+
+
+def test_a_graph_is_cut_to_what_its_outputs_need(bundle: Path) -> None:
+    whole = (bundle / "small.cascade.onnx").read_bytes()
+    model = onnx.load_model_from_string(graphs.cut_to(whole, ["f0"]))
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Relu"]
+    both = onnx.load_model_from_string(graphs.cut_to(whole, ["logits", "f0"]))
+    assert both == onnx.load_model_from_string(whole)  # whatever it does not read stays
 
 
 @pytest.mark.parametrize(
@@ -146,12 +181,13 @@ def stops(seen: Seen, given: tuple[float, ...]) -> list[int]:
 
 
 def test_outcome_is_the_loop_written_out() -> None:
-    seen, cost = made_up(50, 4, 0), [1.0, 2.0, 3.0, 4.0]
-    for given in itertools.product([0.0, 0.5, 0.8, NEVER], repeat=3):
+    seen, costs = made_up(50, 4, 0), Costs([1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 4.0])
+    for given in itertools.product([0.0, 0.5, 0.8, UNREACHED, NEVER], repeat=3):
         where = stops(seen, given)
-        result = thresholds.outcome(seen, cost, given)
+        result = thresholds.outcome(seen, costs, given)
         assert result.accuracy == np.mean([seen.right[i, k] for i, k in enumerate(where)])
-        assert result.cost == pytest.approx(np.mean([sum(cost[: k + 1]) for k in where]))
+        spent = [left_out if t == NEVER else asked for asked, left_out, t in zip(*costs, (*given, 0), strict=True)]
+        assert result.cost == pytest.approx(np.mean([sum(spent[: k + 1]) for k in where]))
         assert result.share == tuple(where.count(k) / 50 for k in range(4))
 
 
@@ -159,20 +195,20 @@ def test_outcome_is_the_loop_written_out() -> None:
 def test_the_best_threshold_of_two_nets_is_the_best_of_all(price: float) -> None:
     """With one threshold, an exhaustive search over every cut there is."""
     for seed in range(5):
-        seen, cost = made_up(40, 2, seed), [1.0, 1.7]
+        seen, costs = made_up(40, 2, seed), Costs([1.0, 1.7], [0.2, 1.7])
         cuts = [0.0, NEVER, *seen.confidence[:, 0]]
-        results = [thresholds.outcome(seen, cost, [cut]) for cut in cuts]
+        results = [thresholds.outcome(seen, costs, [cut]) for cut in cuts]
         least = min(result.cost + price * (1 - result.accuracy) for result in results)
-        found = thresholds.outcome(seen, cost, thresholds.best(seen, cost, price))
+        found = thresholds.outcome(seen, costs, thresholds.best(seen, costs, price))
         assert found.cost + price * (1 - found.accuracy) == pytest.approx(least)
 
 
 def test_no_single_threshold_of_the_best_can_be_bettered() -> None:
-    seen, cost, price = made_up(60, 3, 1), [1.0, 1.5, 2.0], 6.0
-    found = thresholds.best(seen, cost, price)
+    seen, costs, price = made_up(60, 3, 1), Costs([1.0, 1.5, 2.0], [0.1, 0.3, 2.0]), 6.0
+    found = thresholds.best(seen, costs, price)
 
     def value(given: list[float]) -> float:
-        result = thresholds.outcome(seen, cost, given)
+        result = thresholds.outcome(seen, costs, given)
         return result.cost + price * (1 - result.accuracy)
 
     for k in range(2):
@@ -181,28 +217,51 @@ def test_no_single_threshold_of_the_best_can_be_bettered() -> None:
 
 
 def test_the_curve_rises_from_the_shallowest_net() -> None:
-    seen, cost = made_up(300, 3, 2), [1.0, 1.5, 2.0]
-    found = thresholds.curve(seen, cost, points=8)
-    results = [thresholds.outcome(seen, cost, each) for each in found]
+    seen, costs = made_up(300, 3, 2), Costs([1.0, 1.5, 2.0], [0.5, 0.5, 2.0])
+    found = thresholds.curve(seen, costs, points=8)
+    results = [thresholds.outcome(seen, costs, each) for each in found]
     assert 3 <= len(found) <= 8
     assert results[0].share == (1, 0, 0)
     for before, after in itertools.pairwise(results):
         assert after.cost > before.cost
         assert after.accuracy > before.accuracy
-    every = [thresholds.outcome(seen, cost, each) for each in thresholds.curve(seen, cost, points=10**6)]
+    every = [thresholds.outcome(seen, costs, each) for each in thresholds.curve(seen, costs, points=10**6)]
     assert results[-1] == every[-1]
     assert max(result.accuracy for result in every) >= max(seen.right.mean(0))
 
 
 def test_the_cheapest_for_an_accuracy_reaches_it() -> None:
-    seen, cost = made_up(300, 3, 3), [1.0, 1.5, 2.0]
+    seen, costs = made_up(300, 3, 3), Costs([1.0, 1.5, 2.0], [0.5, 0.5, 2.0])
     wanted = float(seen.right[:, 2].mean())
-    found = thresholds.cheapest(seen, cost, wanted)
+    found = thresholds.cheapest(seen, costs, wanted)
     assert found is not None
-    result = thresholds.outcome(seen, cost, found)
+    result = thresholds.outcome(seen, costs, found)
     assert result.accuracy >= wanted
-    assert result.cost < sum(cost)
-    assert thresholds.cheapest(seen, cost, 1.01) is None
+    assert result.cost < sum(costs.asked)
+    assert thresholds.cheapest(seen, costs, 1.01) is None
+
+
+def test_a_net_not_worth_asking_is_left_out() -> None:
+    """The middle net knows nothing that the shallowest does not, and costs as much as the deepest."""
+    random = np.random.default_rng(4)
+    sure = random.uniform(0.2, 1, 400)
+    right = random.uniform(size=400) < sure
+    seen = Seen(np.stack([sure, sure, sure], 1), np.stack([right, right, np.ones(400, dtype=bool)], 1))
+    costs = Costs([1.0, 5.0, 5.0], [0.1, 0.1, 5.0])
+    for price in (6.0, 8.0, 10.0):
+        first, second = thresholds.best(seen, costs, price)
+        assert 0 < first < 1
+        assert second == NEVER
+
+
+def test_the_parts_cost_what_they_are_made_of(bundle: Path) -> None:
+    """Multiply-accumulates, from the shapes of the small bundle; a net left out costs what deeper ones start from."""
+    half = (bundles.SIZE // 2) ** 2
+    stem, block = bundles.WIDTH * 27 * half, bundles.WIDTH**2 * 9 * half
+    head = bundles.FEATURES * len(bundles.CLASSES)
+    costs = tuning.part_macs(list(ddnn.load(bundle).nets.values()))
+    assert costs.asked == [stem + block + head, 2 * block + head, 2 * block + head]
+    assert costs.left_out == [stem, block, 0]
 
 
 # ---- held-out images
@@ -304,9 +363,9 @@ def test_the_measured_curve_is_that_of_the_cascade(bundle: Path, photos: Path, m
     for point, name in zip(measured.fixed, NETS, strict=True):
         right = model(second.pixels, name).argmax(1) == second.labels
         assert (point.name, point.accuracy) == (name, pytest.approx(right.mean()))
-    macs = [net.cascade.macs for net in model.nets.values() if net.cascade]
-    whole = thresholds.outcome(tuning.see(model, second), macs, [NEVER, NEVER])
-    assert whole.cost == sum(macs)
+    seen = tuning.see(model, second)
+    whole = thresholds.outcome(seen, tuning.part_macs(list(model.nets.values())), [NEVER, NEVER])
+    assert whole.cost == model.nets["large"].macs  # as if it were alone: nothing is computed twice
 
 
 def test_a_curve_is_kept_with_its_bundle_and_machine(bundle: Path, measured: Curve, tmp_path: Path) -> None:
@@ -465,5 +524,5 @@ def test_the_table_has_every_depth_and_every_cascade() -> None:
     table = tables.curve_table(PAYS)
     assert [row[0].text for row in table.rows] == [*NETS, "cascade", "cascade", "chosen"]
     assert all(len(row) == len(table.headings) for row in table.rows)
-    assert tables.threshold(NEVER) == "none"
+    assert tables.threshold(NEVER) == "left out"
     assert tables.threshold(0.0) == "all"

@@ -336,7 +336,7 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
             print(f"{last}.")
     chosen = measured.points[measured.chosen]
     print(
-        f"Chosen for {measured.wanted}: thresholds {' '.join(map(tables.threshold, chosen.thresholds))}, top-1 "
+        f"Chosen for {measured.wanted}: thresholds {', '.join(map(tables.threshold, chosen.thresholds))}, top-1 "
         f"{sentences.percent(chosen.accuracy)} on images they were not chosen on."
     )
 

@@ -48,8 +48,10 @@ def quantise(model: ir.Model, calibration: Sequence[Array]) -> tuple[ir.Model, d
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
             nodes_to_exclude=filled,
-            # The logits stay float32: nothing is computed of them that int8 would make faster.
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": ["Gemm"],  # the logits: nothing is computed of them any more
+                "CalibMovingAverage": True,  # the mean over batches of what is least and most in each
+            },
         )
         quantised = ir.load(target)
         for value in quantised.graph.initializers.values():

@@ -4,20 +4,22 @@ Every net's part of the cascade starts at the deepest feature that its path has 
 has run before; so what the paths have in common is computed once. Only the images whose answer is unsure go on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ddnn.errors import BundleError, RequestError
-from ddnn.runtime.manifest import IMAGES, LOGITS, Net
+from ddnn.runtime.manifest import IMAGES, LOGITS, Net, Part
 from ddnn.runtime.pixels import Floats
 from ddnn.runtime.sessions import Array, Sessions
 
 Threshold = float | Sequence[float]
+UNREACHED = 1.5
+"""A threshold that no confidence reaches: the net is asked, and all images go on."""
 NEVER = 2.0
-"""A threshold no confidence reaches: all images go on."""
+"""From this threshold on a net is not asked: all images go on, and only what later nets start from is computed."""
 
 
 class Cascaded(NamedTuple):
@@ -29,6 +31,34 @@ class Cascaded(NamedTuple):
     """[N]: the number of that net, 0 for the shallowest."""
 
 
+class Step(NamedTuple):
+    """One graph of a cascade that is to run."""
+
+    number: int
+    """Of the net, 0 for the shallowest."""
+    part: Part
+    asked: bool
+    """Whether the net gives an answer, or only features for others."""
+    features: tuple[str, ...]
+    """Tensors that later steps start from."""
+
+
+def plan(nets: Sequence[Net], thresholds: Sequence[float]) -> list[Step]:
+    """What has to run under these thresholds at the most, in order."""
+    last = next((k for k, threshold in enumerate(thresholds) if threshold == 0), len(nets) - 1)
+    needed: set[str] = set()
+    steps: list[Step] = []
+    for k in reversed(range(last + 1)):
+        part = nets[k].cascade
+        assert part is not None
+        asked = k == last or thresholds[k] < NEVER
+        features = tuple(tensor for tensor, feature in part.outputs.items() if feature in needed)
+        if asked or features:
+            steps.append(Step(k, part, asked, features))
+            needed |= set(part.inputs.values())
+    return steps[::-1]
+
+
 def cascade(
     sessions: Sessions, nets: Sequence[Net], classes: int, batch: Floats, thresholds: Sequence[float]
 ) -> Cascaded:
@@ -37,28 +67,30 @@ def cascade(
     A net answers where its confidence, the probability of its most likely class, reaches its threshold; the last net
     answers for the rest.
     """
+    steps = plan(nets, thresholds)
     features: dict[str, Array] = {IMAGES: batch}
     active = np.arange(len(batch))
     logits: Floats | None = None
     answered = np.zeros(len(batch), dtype=np.intp)
-    for k, net in enumerate(nets):
-        part = net.cascade
-        assert part is not None
-        needed = {feature for later in nets[k + 1 :] if later.cascade for feature in later.cascade.inputs.values()}
-        wanted = [tensor for tensor, feature in part.outputs.items() if feature in needed]
+    for i, step in enumerate(steps):
+        part = step.part
         inputs = {tensor: features[feature] for tensor, feature in part.inputs.items()}
-        got, *made = sessions.run(part.graph, [LOGITS, *wanted], inputs)
-        own = answer_of(got, len(active), classes, net)
-        logits = own if logits is None else logits
-        logits[active], answered[active] = own, k
-        if k == len(nets) - 1:
-            break
-        unsure = confidence(own) < thresholds[k]
-        if not unsure.any():
-            break
-        features |= {part.outputs[tensor]: feature for tensor, feature in zip(wanted, made, strict=True)}
+        wanted = [LOGITS, *step.features] if step.asked else list(step.features)
+        made = sessions.run(part.graph, wanted, inputs, nothing_else=not step.asked)
+        unsure = None
+        if step.asked:
+            own = answer_of(made.pop(0), len(active), classes, nets[step.number])
+            logits = own if logits is None else logits
+            logits[active], answered[active] = own, step.number
+            if i == len(steps) - 1:
+                break
+            unsure = confidence(own) < thresholds[step.number]
+            if not unsure.any():
+                break
+        features |= {part.outputs[tensor]: feature for tensor, feature in zip(step.features, made, strict=True)}
+        needed = {feature for later in steps[i + 1 :] for feature in later.part.inputs.values()}
         features = {name: feature for name, feature in features.items() if name in needed}
-        if not unsure.all():
+        if unsure is not None and not unsure.all():
             active = active[unsure]
             features = {name: feature[unsure] for name, feature in features.items()}
     assert logits is not None
@@ -76,13 +108,11 @@ def checked(threshold: Threshold, nets: Sequence[Net]) -> list[float]:
         raise RequestError(f"{len(given)} thresholds are given; allowed are one for all, or one for each of: {names}")
     for each in given:
         if not (isinstance(each, int | float | np.floating) and each >= 0):  # a NaN is not
-            raise RequestError(f"{each!r} is no threshold; allowed is a probability, 0 stops all images, above 1 none")
+            raise RequestError(
+                f"{each!r} is no threshold; allowed is a probability, or 0 to stop all images, above 1 none, "
+                "2 to leave the net out"
+            )
     return [float(each) for each in given]
-
-
-def parts_of(nets: Iterable[Net]) -> list[str]:
-    """The graphs that a cascade of these nets runs."""
-    return [net.cascade.graph for net in nets if net.cascade]
 
 
 def probabilities(logits: Floats) -> npt.NDArray[np.float64]:

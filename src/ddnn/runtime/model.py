@@ -9,7 +9,7 @@ import numpy as np
 from ddnn.errors import RequestError
 from ddnn.runtime import curve, profile
 from ddnn.runtime import manifest as manifests
-from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, parts_of, probabilities
+from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, plan, probabilities
 from ddnn.runtime.machine import available_cpus, this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
 from ddnn.runtime.pixels import Floats, batch_of, normalised, open_rgb, square
@@ -73,8 +73,9 @@ class Model:
         """Answer with the shallowest net, and go deeper only with the images whose answer is unsure.
 
         `images` as in a call. `threshold`: the confidence, the probability of the most likely class, from which on an
-        answer stands; one for all nets, or one for each but the deepest, shallow to deep. 0 stops all images at the
-        shallowest net, a number above 1 none. Measured thresholds come from `ddnn cascade`.
+        answer stands; one for all nets, or one for each but the deepest, shallow to deep. 0 stops all images, a number
+        above 1 none; 2 leaves the net out, computing no more of it than deeper nets start from. Measured thresholds
+        come from `ddnn cascade`.
 
         Raises `RequestError`, and `BundleError` where only some of the depths are loaded.
         """
@@ -144,17 +145,18 @@ class Model:
             measured = curve.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
         return list(measured.points[measured.chosen].thresholds)
 
-    def warm(self, *depths: str, cascade: bool = False) -> None:
+    def warm(self, *depths: str, threshold: Threshold | None = None) -> None:
         """Make depths (all loaded ones if none is named) ready, so that the next call is as fast as any other.
 
-        With `cascade`, the parts of the cascade instead.
+        With a `threshold`, instead what a cascade with it may run.
         """
         size = self.manifest.input.size
         image = np.zeros((1, 3, size, size), dtype=np.float32)
-        if cascade:
-            for graph in parts_of(self.nets.values()):
-                self._sessions.get(graph)
-            self.cascade(image, 2.0)
+        if threshold is not None:
+            nets = list(self.nets.values())
+            for step in plan(nets, checked(threshold, nets)):
+                self._sessions.get(step.part.graph, () if step.asked else step.features)
+            self.cascade(image, threshold)
             return
         for name in depths or self.nets:
             self(image, name)
@@ -201,7 +203,7 @@ def load(
         folder = profile.machine_folder(manifest.folder, this_machine()) / "shared"
         sessions = Sessions(Shared.open(manifest, folder).locate, count, optimise=False)
     else:
-        graphs = [net.graph for net in nets.values()] + parts_of(nets.values())
+        graphs = [net.graph for net in nets.values()] + [net.cascade.graph for net in nets.values() if net.cascade]
         manifest.check_files(graphs)
         sessions = Sessions(lambda graph: (manifest.folder / graph, {}), count, optimise=True)
     return Model(manifest, nets, count, sessions, shared)

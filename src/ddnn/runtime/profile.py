@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from ddnn.runtime.manifest import Manifest, Net
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
+
+Key = TypeVar("Key")
 
 VERSION = 1
 NAME = "profile.json"
@@ -225,12 +227,12 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     return times, max(0.0, 1 - cpu / wall)
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def in_turns(calls: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, list[float]]:
     """Milliseconds of each call, over at least `FEWEST_RUNS` rounds, then until `seconds` are spent."""
     for call in calls.values():
         for _ in range(3):
             call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for done in range(MOST_RUNS):
         if done >= FEWEST_RUNS and time.perf_counter() > end:

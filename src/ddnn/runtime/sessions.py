@@ -37,28 +37,31 @@ class Sessions:
         self._locate = locate
         self._threads = threads
         self._optimise = optimise
-        self._made: dict[str, onnxruntime.InferenceSession] = {}
+        self._made: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
         self._kept: list[onnxruntime.OrtValue] = []  # sessions refer to them without owning them
         self._making = threading.Lock()
 
-    def run(self, graph: str, outputs: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:
-        """Run a batch. Raises `BundleError` where onnxruntime cannot."""
-        session = self.get(graph)
+    def run(
+        self, graph: str, outputs: Sequence[str], inputs: Mapping[str, Array], *, nothing_else: bool = False
+    ) -> list[Array]:
+        """Run a batch; with `nothing_else`, only what these outputs need. Raises `BundleError` where it cannot."""
+        session = self.get(graph, outputs if nothing_else else ())
         try:
             return list(session.run(list(outputs), dict(inputs)))
         except Exception as error:  # onnxruntime's errors have no base class of their own
             raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot run {graph}: {_line(error)}") from None
 
-    def get(self, graph: str) -> onnxruntime.InferenceSession:
-        """The session of a graph, made if need be. Raises `BundleError`."""
-        if graph not in self._made:
+    def get(self, graph: str, only: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+        """The session of a graph, or of what `only` these outputs of it need; made if need be. Raises `BundleError`."""
+        key = (graph, *only)
+        if key not in self._made:
             with self._making:
-                if graph not in self._made:
-                    self._made[graph] = self._make(graph)
+                if key not in self._made:
+                    self._made[key] = self._make(graph, only)
                     give_back()
-        return self._made[graph]
+        return self._made[key]
 
-    def _make(self, graph: str) -> onnxruntime.InferenceSession:
+    def _make(self, graph: str, only: Sequence[str]) -> onnxruntime.InferenceSession:
         path, tensors = self._locate(graph)
         chosen = options(self._threads)
         if not self._optimise:
@@ -68,7 +71,15 @@ class Sessions:
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 self._kept.append(value)
                 chosen.add_initializer(name, value)
-            return onnxruntime.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
+            model: str | bytes = str(path)
+            if only:
+                from ddnn.runtime.graphs import cut_to  # protobuf takes a while to load
+
+                chosen.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
+                model = cut_to(path.read_bytes(), only)
+            return onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
         except Exception as error:  # see `run`
             raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {_line(error)}") from None
 

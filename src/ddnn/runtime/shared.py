@@ -28,7 +28,7 @@ from ddnn.runtime.manifest import File, Manifest, check_file
 from ddnn.runtime.sessions import options
 
 if TYPE_CHECKING:
-    from ddnn.runtime.initializers import External
+    from ddnn.runtime.graphs import External
 
 INDEX, WEIGHTS = "shared.json", "shared.bin"
 _SMALL = 256
@@ -87,7 +87,7 @@ def _checksum(index: Mapping[str, Any]) -> str:
 
 def _make(manifest: Manifest, folder: Path) -> None:
     """Lay out all graphs beside the folder, then let it take its place, so that it is there whole or not at all."""
-    from ddnn.runtime.initializers import externals  # protobuf takes a while to load
+    from ddnn.runtime.graphs import externals  # protobuf takes a while to load
 
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     graphs = [net.graph for net in manifest.nets.values()]

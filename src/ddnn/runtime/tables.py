@@ -13,7 +13,7 @@ def curve_table(curve: Curve) -> Table:
     rows = [[Cell(point.name), Cell(""), *_numbers(curve, point)] for point in curve.fixed]
     for i, point in enumerate(curve.points):
         chosen = i == curve.chosen
-        thresholds = Cell("\N{NO-BREAK SPACE} ".join(map(threshold, point.thresholds)), strong=chosen)
+        thresholds = Cell(", ".join(map(threshold, point.thresholds)), strong=chosen)
         rows.append([Cell("chosen" if chosen else "cascade", strong=chosen), thresholds, *_numbers(curve, point)])
     return Table(headings, rows)
 
@@ -41,8 +41,8 @@ def match_table(curve: Curve) -> Table:
 
 
 def threshold(value: float) -> str:
-    """A threshold for a person: the confidence needed, or that none is enough, or all are."""
-    return "none" if value >= NEVER else "all" if value == 0 else f"{value:.3f}"
+    """A threshold for a person: the confidence needed, or that any will do, or that the net is not asked."""
+    return "left out" if value >= NEVER else "all" if value == 0 else f"{value:.3f}"
 
 
 def _batch(batch: int) -> str:

@@ -4,6 +4,7 @@ Thresholds are chosen on some held-out images and judged by others, so that accu
 those of real calls on real images, in turns with every fixed depth, at each batch size.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -13,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ddnn.errors import RequestError
-from ddnn.runtime.cascade import NEVER, confidence
+from ddnn.runtime.cascade import NEVER, UNREACHED, confidence
 from ddnn.runtime.curve import Curve, Point, Took, choose
 from ddnn.runtime.heldout import HeldOut
 from ddnn.runtime.machine import this_machine
+from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
-from ddnn.runtime.profile import now
-from ddnn.runtime.thresholds import Seen, cheapest, curve, outcome
+from ddnn.runtime.profile import in_turns, now
+from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, outcome
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
@@ -57,12 +59,12 @@ def measure(
     watch(f"answers of all depths to {len(chosen_on) + len(judged_by)} images")
     seen, judged = see(model, chosen_on), see(model, judged_by)
     watch("cost of every part of the cascade")
-    cost = part_costs(model, judged_by, batches[0], seconds / 4)
-    found = curve(seen, cost, POINTS)
-    if accuracy is not None and (just := cheapest(seen, cost, accuracy)) is not None and just not in found:
-        found = sorted([*found, just], key=lambda thresholds: outcome(seen, cost, thresholds).cost)
-    macs = [net.cascade.macs for net in nets if net.cascade]
-    through = [NEVER] * (len(nets) - 1)
+    costs = part_costs(model, judged_by, batches[0], seconds / 4)
+    found = curve(seen, costs, POINTS)
+    if accuracy is not None and (just := cheapest(seen, costs, accuracy)) is not None and just not in found:
+        found = sorted([*found, just], key=lambda thresholds: outcome(seen, costs, thresholds).cost)
+    macs = part_macs(nets)
+    through = [UNREACHED] * (len(nets) - 1)
     calls, took = {}, {}
     wall, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
@@ -73,7 +75,7 @@ def measure(
         Point(
             name="",
             thresholds=thresholds,
-            chosen_on=outcome(seen, cost, thresholds).accuracy,
+            chosen_on=outcome(seen, costs, thresholds).accuracy,
             accuracy=(result := outcome(judged, macs, thresholds)).accuracy,
             share=list(result.share),
             macs=result.cost,
@@ -124,23 +126,40 @@ def see(model: "Model", held: HeldOut, batch: int = 32) -> Seen:
     return Seen(np.concatenate(sure), np.concatenate(right))
 
 
-def part_costs(model: "Model", held: HeldOut, batch: int, seconds: float) -> list[float]:
-    """Milliseconds that each net's part of the cascade adds to one image, in batches of this size."""
-    nets = len(model.nets)
+def part_costs(model: "Model", held: HeldOut, batch: int, seconds: float) -> Costs:
+    """Milliseconds that each net's part of the cascade takes for one image, in batches of this size.
+
+    From whole cascades in turns: those in which all images stop at net k, and those of which one net is left out.
+    """
+    count = len(model.nets)
     images = normalised(held.pixels[:batch], model.manifest.input)
-    forced = {k: [NEVER] * k + [0.0] * (nets - 1 - k) for k in range(nets)}  # all images stop at net k
-    calls = {k: partial(model.cascade, images, thresholds) for k, thresholds in forced.items()}
-    times: dict[int, list[float]] = {k: [] for k in calls}
-    end = time.perf_counter() + seconds
-    for done in range(200):
-        if done >= 8 and time.perf_counter() > end:
-            break
-        for k, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[k].append(1000 * (time.perf_counter() - start))
-    whole = [float(np.median(times[k][2:])) / batch for k in range(nets)]
-    return [max(after - before, 1e-9) for before, after in zip([0.0, *whole], whole, strict=False)]
+    forced = {("to", k): [UNREACHED] * k + [0.0] * (count - 1 - k) for k in range(count)}
+    for k in range(count - 1):
+        forced["without", k] = [UNREACHED] * k + [NEVER] + [0.0] * (count - 2 - k)
+    calls = {key: partial(model.cascade, images, thresholds) for key, thresholds in forced.items()}
+    times = in_turns(calls, seconds)
+    took = {key: float(np.median(taken)) / batch for key, taken in times.items()}
+    to = [0.0, *(took["to", k] for k in range(count))]
+    asked = [max(after - before, 1e-9) for before, after in itertools.pairwise(to)]
+    saved = [took["to", k + 1] - took["without", k] for k in range(count - 1)]
+    left_out = [float(np.clip(whole - less, 0, whole)) for whole, less in zip(asked, saved, strict=False)]
+    return Costs(asked, [*left_out, asked[-1]])
+
+
+def part_macs(nets: Sequence[Net]) -> Costs:
+    """Multiply-accumulates that each net's part of the cascade takes for one image."""
+    begun = {}  # by feature, the multiply-accumulates from the images on
+    asked, left_out = [], []
+    for net in nets:
+        assert net.cascade is not None
+        for feature in net.cascade.inputs.values():
+            begun[feature] = net.macs - net.cascade.macs
+    for net in nets:
+        assert net.cascade is not None
+        made = [begun[feature] for feature in net.cascade.outputs.values() if feature in begun]
+        asked.append(net.cascade.macs)
+        left_out.append(max(0, max(made, default=0) - (net.macs - net.cascade.macs)))
+    return Costs(asked, left_out)
 
 
 def _latencies(

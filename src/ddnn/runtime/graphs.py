@@ -1,10 +1,11 @@
-"""Which tensors of an ONNX graph lie in a file beside it, and where in it; read without the onnx package.
+"""ONNX files without the onnx package: which tensors lie in a file beside, and a graph cut down to some of its outputs.
 
-The few fields of ONNX's messages that this needs are declared to protobuf, which comes with onnxruntime; it skips the
-others. Numbers and names are those of onnx.proto.
+The few fields of ONNX's messages that this needs are declared to protobuf, which comes with onnxruntime; it carries the
+others along unread. Numbers and names are those of onnx.proto.
 """
 
 import math
+from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,13 +58,37 @@ def externals(graph: bytes) -> list[External]:
     return found
 
 
+def cut_to(graph: bytes, outputs: Collection[str]) -> bytes:
+    """The graph with these of its outputs and what computes them, and no other outputs or nodes."""
+    model = _model_message()()
+    model.ParseFromString(graph)
+    needed = set(outputs)
+    kept = []
+    for node in reversed(model.graph.node):  # nodes come after those they depend on
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    ends = [output for output in model.graph.output if output.name in outputs]
+    for field, wanted in (("node", kept[::-1]), ("output", ends)):
+        copies = [type(each).FromString(each.SerializeToString()) for each in wanted]
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(copies)
+    return bytes(model.SerializeToString())
+
+
 @cache
 def _model_message() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="ddnn/onnx.proto", package="ddnn.onnx", syntax="proto2")
     kind = descriptor_pb2.FieldDescriptorProto
     fields = {
         "Model": [("graph", 7, kind.TYPE_MESSAGE, "Graph", False)],
-        "Graph": [("initializer", 5, kind.TYPE_MESSAGE, "Tensor", True)],
+        "Graph": [
+            ("node", 1, kind.TYPE_MESSAGE, "Node", True),
+            ("initializer", 5, kind.TYPE_MESSAGE, "Tensor", True),
+            ("output", 12, kind.TYPE_MESSAGE, "Value", True),
+        ],
+        "Node": [("input", 1, kind.TYPE_STRING, "", True), ("output", 2, kind.TYPE_STRING, "", True)],
+        "Value": [("name", 1, kind.TYPE_STRING, "", False)],
         "Tensor": [
             ("dims", 1, kind.TYPE_INT64, "", True),
             ("data_type", 2, kind.TYPE_INT32, "", False),
