@@ -51,7 +51,7 @@ def save_for_timm(
     try:
         from timm.models import save_for_hf
     except ImportError:
-        raise HubError("timm is not installed; it comes with: pip install 'ddnn[examples]'") from None
+        raise HubError("timm is not installed; it comes with: pip install 'ddnn[timm]'") from None
     folder = Path(folder)
     subnet = net.subnet(name).cpu().eval()
     tried = [architecture] if isinstance(architecture, str) else list(architecture or [name])
