@@ -21,16 +21,6 @@ from digits import digits, report
 
 SMALL = {"num_classes": 10, "channels": (16, 32, 64, 128)}  # of timm's ResNets: a quarter of the width
 
-RESNET = ddnn.Family(
-    name="timm ResNet",
-    matches=lambda net: isinstance(net, timm.models.resnet.ResNet),
-    stages=("layer1", "layer2", "layer3", "layer4"),
-    stem=lambda net, x: net.maxpool(net.act1(net.bn1(net.conv1(x)))),
-    head=lambda net, feature: net.forward_head(feature),
-    after_stages=("global_pool", "fc"),
-    classifier="fc",
-)
-
 
 class EKDTask(ClassificationTask):
     """`EKDTask(net, criterion=ddnn.EKD())`: what timm's loop calls with images and targets."""
@@ -46,7 +36,7 @@ class EKDTask(ClassificationTask):
 def make_net() -> ddnn.DDNN:
     """timm's ResNet-18 in timm's ResNet-34."""
     full_net = timm.create_model("resnet34", **SMALL)
-    return ddnn.nest(full_net, {"resnet18": (2, 2, 2, 2)}, full_name="resnet34", family=RESNET)
+    return ddnn.nest(full_net, {"resnet18": (2, 2, 2, 2)}, full_name="resnet34")
 
 
 def enlarged(pairs: torch.utils.data.Dataset) -> TensorDataset:

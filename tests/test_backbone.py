@@ -13,7 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import ddnn
 from ddnn import Backbone
 from ddnn.errors import NestingError
-from ddnn.families import build
+from ddnn.families import EXAMPLES, PRESETS, build
 from ddnn.network import DDNN
 
 SOME = ["cifar-resnet8-14-20", "resnet18-34-50-basic", "resnet26-50", "resnet50-101"]
@@ -36,7 +36,7 @@ def images(n: int = 2, height: int = 32, width: int = 64) -> torch.Tensor:
 
 def features_of_the_extracted(net: DDNN, name: str, x: torch.Tensor) -> list[torch.Tensor]:
     """By torchvision's own getter, from the network that leaves the DDNN."""
-    getter = IntermediateLayerGetter(net.subnet(name), {stage: stage for stage in net.family.stages})
+    getter = IntermediateLayerGetter(net.subnet(name), {stage: stage for stage in net.stages})
     return list(getter(x).values())
 
 
@@ -96,10 +96,10 @@ def test_stages_are_chosen_by_number_or_name(stages: tuple[int | str, ...], name
     assert backbone.stages == names
     whole = Backbone(net)
     for name in net.depths:
-        expected = [whole(x, name)[net.family.stages.index(stage)] for stage in names]
+        expected = [whole(x, name)[net.stages.index(stage)] for stage in names]
         for found in (backbone(x, name), backbone.each(x)[name], backbone.at(name)(x)):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert backbone.channels == tuple(whole.channels[net.family.stages.index(stage)] for stage in names)
+    assert backbone.channels == tuple(whole.channels[net.stages.index(stage)] for stage in names)
 
 
 @pytest.mark.parametrize("stages", [None, (0,), (0, 1)])
@@ -173,8 +173,8 @@ def test_recalibrated_norms_are_guarded_and_can_be_recomputed_in_place() -> None
     [
         (lambda net: Backbone(net, "resnet9"), "no net 'resnet9' in this DDNN; it has resnet8, resnet14, resnet20"),
         (lambda net: Backbone(net, []), "a backbone needs a net; it has resnet8"),
-        (lambda net: Backbone(net, stages=(3,)), r"no stage 3 in CIFAR ResNet; it has 0 \(layer1\), 1 \(layer2\)"),
-        (lambda net: Backbone(net, stages=("layer9",)), "no stage 'layer9' in CIFAR ResNet"),
+        (lambda net: Backbone(net, stages=(3,)), r"no stage 3 in this DDNN; it has 0 \(layer1\), 1 \(layer2\)"),
+        (lambda net: Backbone(net, stages=("layer9",)), "no stage 'layer9' in this DDNN"),
         (lambda net: Backbone(net, stages=(2, 1)), r"stages=\(2, 1\): name at least one stage, each once, shallow to"),
         (lambda net: Backbone(net, stages=()), r"stages=\(\): name at least one stage"),
         (lambda net: Backbone(net)(images()), "which net is to run.* resnet8, resnet14, resnet20"),
@@ -185,3 +185,93 @@ def test_recalibrated_norms_are_guarded_and_can_be_recomputed_in_place() -> None
 def test_mistakes_end_in_a_sentence(make_it: object, sentence: str) -> None:
     with pytest.raises(NestingError, match=sentence):
         make_it(make())  # type: ignore[operator]
+
+
+OTHERS = {
+    "mobilenet-v2": 64,
+    "densenet121-169-201": 64,
+    "timm-vit-tiny": 224,
+    "regnet-y-400mf": 64,
+    "timm-convnext-tiny-small": 64,
+    "swin-t-s": 64,
+}
+"""Networks that end, keep their channels, or grow their stages in other ways; side in pixels of images they take."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", OTHERS)
+def test_holds_for_other_families(preset: str) -> None:
+    if preset.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = OTHERS[preset]
+    chosen = EXAMPLES[preset] if preset in EXAMPLES else PRESETS[preset]
+    full_net, _ = build(chosen.full_net, 10)
+    net = ddnn.nest(full_net, {f"{name}_": depths for name, depths in chosen.depths.items()}).eval()
+    assert net.whole is None
+    x = images(1, size, size)
+    expected = net(x)
+    backbone = Backbone(net)
+    for name, found in backbone.each(x).items():
+        one = backbone.at(name)
+        assert len(found) == len(net.stages)
+        for ours, theirs, channels, stride in zip(
+            found, expected[name].features, one.channels, one.strides, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+            assert ours.shape == (1, channels, size // stride, size // stride)
+        assert all(torch.equal(a, b) for a, b in zip(found, one(x), strict=True))
+    first = Backbone(net, stages=(0,)).train()
+    sum(f.square().mean() for (f,) in first.each(images(2, size, size)).values()).backward()
+    assert all(p.grad is not None for p in first.parameters())
+    assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.slow
+def test_nets_that_differ_in_channels_are_asked_one_by_one() -> None:
+    backbone = Backbone(ddnn.nest(*build("densenet121-169-201", 10)))
+    assert backbone.strides == (4, 8, 16, 32)
+    with pytest.raises(
+        NestingError, match=r"the nets differ in channels: densenet121 \(256, 512, 1024, 1024\), .*at\(name"
+    ):
+        _ = backbone.channels
+    assert backbone.at("densenet169").channels == (256, 512, 1280, 1664)
+
+
+class Twisted(nn.Module):
+    """Its forward can't be taken apart: which way it goes depends on the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.stage = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+        self.out = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x if x.shape[0] > 99 else self.stage(x)
+        return self.out(x.mean((2, 3)))
+
+
+def test_nets_that_run_whole_give_features_too() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="share weights but no work"):
+        net = ddnn.nest(Twisted(), {"small": (1,)}, stages=["stage"]).eval()
+    assert net.whole
+    x = images()
+    backbone = Backbone(net)
+    assert (backbone.channels, backbone.strides) == ((8,), (2,))
+    for name in net.depths:
+        (found,) = backbone(x, name)
+        assert torch.equal(found, net(x)[name].features[0])
+
+
+def test_networks_of_one_size_say_which() -> None:
+    net = ddnn.nest(small_vit(), {"one": (1,)})
+    with pytest.raises(NestingError, match=r"does not take images of 256 or 224 or 384 px .*image_size="):
+        Backbone(net)
+    assert Backbone(net, image_size=48).strides == (16,)
+
+
+def small_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(48, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)

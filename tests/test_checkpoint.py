@@ -118,7 +118,7 @@ def test_start_weights_must_fit(tmp_path: Path) -> None:
         build(Network(**network, weights=tmp_path / "good.pt"), 10).nets["resnet20"].fc.weight, trained.fc.weight
     )
 
-    with pytest.raises(RecipeError, match=r"holds fc.bias of shape \(10,\), .* needs \(7,\) .*number of classes"):
+    with pytest.raises(RecipeError, match=r"another number of classes: it holds fc.bias .*\(10,\), .* \(7,\)"):
         build(Network(**network, weights=good), 7)
     with pytest.raises(RecipeError, match=r"good.safetensors is of another network: \d+ tensors missing"):
         build(Network(name="cifar-resnet20-32-44", width=4, weights=good), 10)

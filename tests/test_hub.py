@@ -22,7 +22,7 @@ from ddnn.checkpoint import RunFolder, distinct
 from ddnn.errors import HubError
 from ddnn.evaluate import parameters
 from ddnn.families.cifar_resnet import resnet
-from ddnn.hub import Config, Evidence, Preprocessing, load_config, save_run
+from ddnn.hub import Config, Evidence, Network, Preprocessing, load_config, save_run
 from ddnn.hub.card import MARKER
 from ddnn.hub.evidence import without_folders
 from ddnn.network import DDNN, nest
@@ -52,7 +52,9 @@ def make(norm: str = "private", head: str = "shared", **names: Any) -> DDNN:
 
 
 def save(net: DDNN, folder: Path, **settings: Any) -> Config:
-    return ddnn.save_pretrained(net, folder, network="cifar/resnet20", width=4, preprocessing=PICTURES, **settings)
+    return ddnn.save_pretrained(
+        net, folder, network=Network(name="cifar/resnet20", width=4), preprocessing=PICTURES, **settings
+    )
 
 
 def assert_same(a: DDNN, b: DDNN) -> None:
@@ -98,7 +100,7 @@ def test_every_tensor_is_stored_once_in_safetensors(tmp_path: Path) -> None:
 
 def test_a_run_comes_back_bitwise(finished: RunFolder, tmp_path: Path) -> None:
     config = save_run(finished, tmp_path)
-    assert config.network == "cifar/resnet20"
+    assert config.network == Network(name="cifar/resnet20", width=4)
     assert config.classes == tuple(map(str, range(10)))
     assert load_config(tmp_path) == config
     assert_same(load_trained(finished)[0], ddnn.from_pretrained(str(tmp_path)))
@@ -140,11 +142,31 @@ def test_a_network_made_by_code_is_given_again(tmp_path: Path) -> None:
     for other, sentence in (
         (resnet(14, num_classes=5, width=4), "does not nest: it keeps 3 blocks"),
         (resnet(20, num_classes=6, width=4), "holds other tensors than the network of"),
-        (nn.Linear(2, 2), "cannot tell where Linear keeps its stages"),
+        (nn.Linear(2, 2), "Linear"),
     ):
         with pytest.raises(HubError, match=sentence):
             ddnn.from_pretrained(tmp_path, full_net=other)
     assert "full_net = ..." in (tmp_path / "README.md").read_text()
+
+
+class Own(nn.Module):
+    """Of no library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(3)))
+        self.end = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.body(self.begin(x)).mean((2, 3)))
+
+
+def test_a_network_of_no_library_is_given_again(tmp_path: Path) -> None:
+    net = nest(Own(), {"small": {"body": 1}}, stages=["body"]).eval()
+    config = ddnn.save_pretrained(net, tmp_path, preprocessing=PICTURES)
+    assert config.stages == ("body",)
+    assert_same(net, ddnn.from_pretrained(tmp_path, full_net=Own()))
 
 
 @pytest.mark.parametrize(
@@ -153,18 +175,18 @@ def test_a_network_made_by_code_is_given_again(tmp_path: Path) -> None:
         ("cifar/resnet20", 8, r"is not the full-net of this DDNN: its conv1.weight is of shape \(8, 3, 3, 3\)"),
         ("cifar/resnet32", 4, "full-net"),
         ("cifar/resnet14", 4, "does not nest"),
-        ("cifar/resnet21", 4, "no network 'cifar/resnet21'"),
-        ("../../etc/passwd", 4, "network: String should match pattern"),
-        ("timm/hf-hub:someone/something", 4, "network: String should match pattern"),
+        ("cifar/resnet21", 4, "cifar has no network 'resnet21'"),
     ],
 )
 def test_the_name_of_the_network_is_tried_out(network: str, width: int, sentence: str, tmp_path: Path) -> None:
     if network == "cifar/resnet32":  # the full-net can be cut from it, so this is no mistake
-        ddnn.save_pretrained(make(), tmp_path, network=network, width=width, preprocessing=PICTURES)
+        ddnn.save_pretrained(make(), tmp_path, network=Network(name=network, width=width), preprocessing=PICTURES)
         assert_same(make(), ddnn.from_pretrained(tmp_path))
         return
     with pytest.raises(HubError, match=sentence):
-        ddnn.save_pretrained(make(), tmp_path / "model", network=network, width=width, preprocessing=PICTURES)
+        ddnn.save_pretrained(
+            make(), tmp_path / "model", network=Network(name=network, width=width), preprocessing=PICTURES
+        )
     assert not (tmp_path / "model").exists()
 
 
@@ -396,10 +418,13 @@ def _config(**changes: Any) -> Callable[[Path], None]:
         (_config(depths={"a": [1, 1, 9]}), "does not nest: it keeps 9 blocks of layer3"),
         (_config(depths={"a b": [1, 1, 1]}), "'a b' can't name a net"),
         (_config(classes=["one"]), "1 names of classes for 5 classes"),
-        (_config(network="cifar/resnet21"), "no network 'cifar/resnet21'"),
-        (_config(network="/etc/passwd"), "network: String should match pattern"),
-        (_config(width=10**9), "width: .*less than or equal to"),
-        (_config(width=8), "holds other tensors than the network of"),
+        (_config(network={"name": "cifar/resnet21"}), "cifar has no network 'resnet21'"),
+        (_config(network={"name": "/etc/passwd"}), "network.name: String should match pattern"),
+        (_config(network={"name": "timm/x", "options": {"checkpoint_path": "/x"}}), "'checkpoint_path' would fetch or"),
+        (_config(network={"name": "timm/x", "options": {"pretrained_cfg": "x"}}), "'pretrained_cfg' would fetch or"),
+        (_config(network={"name": "cifar/resnet20", "width": 10**9}), "width: .*less than or equal to"),
+        (_config(stages=["layer1"]), "net resnet8 has 3 depths for 1 stages"),
+        (_config(network={"name": "cifar/resnet20", "width": 8}), "holds other tensors than the network of"),
         (_config(surplus=1), "surplus: Extra inputs are not permitted"),
     ],
 )

@@ -16,7 +16,7 @@ from ddnn import cli, recipe
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import HubError
 from ddnn.families.cifar_resnet import resnet
-from ddnn.hub import load_config, save_run, upload
+from ddnn.hub import Network, load_config, save_run, upload
 from ddnn.network import DDNN, nest
 from ddnn.trained import load_trained
 from ddnn.trainer import train
@@ -94,7 +94,12 @@ def test_what_is_pushed_comes_back_by_its_id(
 ) -> None:
     net = make()
     address = ddnn.push_to_hub(
-        net, "someone/nested", private=True, token="secret", network="cifar/resnet20", width=4, license="mit"
+        net,
+        "someone/nested",
+        private=True,
+        token="secret",
+        network=Network(name="cifar/resnet20", width=4),
+        license="mit",
     )
     assert address == "https://huggingface.co/someone/nested"
     repository = hub.repositories["someone/nested"]
@@ -110,7 +115,7 @@ def test_what_is_pushed_comes_back_by_its_id(
     x = torch.randn(2, 3, 16, 16)
     again = ddnn.from_pretrained("someone/nested")
     assert all(torch.equal(output.logits, again(x)[name].logits) for name, output in net(x).items())
-    assert load_config("someone/nested", revision="main").network == "cifar/resnet20"
+    assert load_config("someone/nested", revision="main").network == Network(name="cifar/resnet20", width=4)
 
 
 def test_a_repository_without_a_model_is_named(cached: Callable[[str, dict[str, bytes]], None]) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from conftest import Quiet
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import HubError
 from ddnn.families import build
-from ddnn.hub import Preprocessing, save_for_timm, save_subnet_of_run
+from ddnn.hub import Network, Preprocessing, save_for_timm, save_subnet_of_run
 from ddnn.network import DDNN
 from ddnn.trained import load_trained
 from ddnn.trainer import train
@@ -87,6 +88,31 @@ def test_a_network_timm_does_not_have_is_named(tmp_path: Path) -> None:
     with pytest.raises(ddnn.DDNNError, match="no net 'resnet9'"):
         save_for_timm(net, "resnet9", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "depths"),
+    [
+        ("resnet34", {"channels": [8, 16, 32, 64]}, (1, 2, 2, 1)),
+        ("vit_tiny_patch16_224", {"embed_dim": 48, "num_heads": 3, "depth": 4}, (2,)),
+        ("convnext_atto", {"dims": [8, 16, 32, 64], "depths": [2, 2, 3, 2]}, (1, 1, 2, 1)),
+    ],
+)
+def test_networks_of_timm_go_to_timm_and_to_a_folder(
+    name: str, options: dict[str, Any], depths: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    full_net, _ = build(f"timm/{name}", 5, image_size=48, options=options)
+    net = ddnn.nest(full_net, {"shallow": depths}).eval()
+    x = torch.randn(2, 3, 48, 48)
+    expected = net(x)
+    named = Network(name=f"timm/{name}", options=options)
+    ddnn.save_pretrained(net, tmp_path / "all", network=named, preprocessing=PICTURES)
+    again = ddnn.from_pretrained(tmp_path / "all")
+    assert all(torch.equal(output.logits, expected[net_name].logits) for net_name, output in again(x).items())
+    save_for_timm(net, "shallow", tmp_path / "one", architecture=name, options=options, preprocessing=PICTURES)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'one'}", pretrained=True).eval()
+    assert torch.equal(theirs(x), expected["shallow"].logits)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Laws that hold for every family and preset: nesting, sharing, tree execution, extraction."""
+"""Laws that hold for every network: nesting, sharing, tree execution, extraction."""
 
 import copy
 from collections.abc import Iterator
@@ -13,12 +13,16 @@ import ddnn
 from ddnn.checkpoint import distinct
 from ddnn.errors import NestingError
 from ddnn.evaluate import macs, parameters
-from ddnn.families import FULL_NETS, PRESETS, build
+from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
-from ddnn.network import DDNN, agreement, nest
+from ddnn.families.torchvision_resnet import resnet as torchvision_resnet
+from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
+from ddnn.sharing import agreement
 
 CLASSES = 10
+RESNETS = [name for name in PRESETS if name.startswith(("cifar-", "resnet"))]
+"""The presets these laws are tried on in full; test_families.py holds all others to the same."""
 POLICIES = [(norm, head) for norm in ("private", "shared", "recalibrated") for head in ("shared", "private")]
 
 
@@ -46,7 +50,7 @@ def library_net(preset: str, name: str) -> nn.Module:
         return cifar_resnet(int(name.removeprefix("resnet")), num_classes=CLASSES, width=4)
     if hasattr(torchvision.models, name):
         return getattr(torchvision.models, name)(num_classes=CLASSES)
-    return FULL_NETS[f"torchvision/{name}"](num_classes=CLASSES, width=None)
+    return torchvision_resnet(name, num_classes=CLASSES)
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def recorded(*modules: nn.Module) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-@pytest.fixture(params=list(PRESETS), scope="module")
+@pytest.fixture(params=RESNETS, scope="module")
 def preset(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -78,7 +82,7 @@ def test_every_net_is_bitwise_the_librarys_own_network(preset: str) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "norm", "head"),
-    [(preset, "private", "shared") for preset in PRESETS] + [("cifar-resnet8-14-20", *both) for both in POLICIES[1:]],
+    [(preset, "private", "shared") for preset in RESNETS] + [("cifar-resnet8-14-20", *both) for both in POLICIES[1:]],
 )
 def test_tree_is_bitwise_what_separate_forwards_give(preset: str, norm: str, head: str) -> None:
     net = make(preset, norm, head).train()
@@ -110,7 +114,7 @@ def test_features_are_the_outputs_of_the_stages(preset: str) -> None:
     net = make(preset).eval()
     outputs = net(images())
     for name, sub in net.nets.items():
-        with recorded(*(net.family.stage(sub, stage) for stage in net.family.stages)) as seen:
+        with recorded(*(sub.get_submodule(stage) for stage in net.stages)) as seen:
             sub(images())
         assert all(torch.equal(a, b) for a, b in zip(outputs[name].features, seen, strict=True))
 
@@ -311,11 +315,6 @@ def test_policies_are_checked() -> None:
         nest(torchvision.models.resnet18(), {}, norm="own")
     with pytest.raises(NestingError, match="head='own' is not one of shared, private"):
         nest(torchvision.models.resnet18(), {}, head="own")
-
-
-def test_a_network_of_no_family_says_what_to_do() -> None:
-    with pytest.raises(NestingError, match="cannot tell where Sequential keeps its stages; known families: CIFAR"):
-        nest(nn.Sequential(nn.Conv2d(3, 8, 3)), {})
 
 
 def test_a_family_of_ones_own() -> None:

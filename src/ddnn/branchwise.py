@@ -39,8 +39,13 @@ def branchwise_backward(
     `autocast()` is entered around every piece of forward.
     """
     names = list(reversed(net.depths))  # the full-net first
-    walk = _Walk(net, {name: net.path(name) for name in names}, objective, target, teacher, scale, autocast)
-    walk.grow(names, 0, x, dict.fromkeys(names, ()))
+    paths = {} if net.whole else {name: net.path(name) for name in names}
+    walk = _Walk(net, paths, objective, target, teacher, scale, autocast)
+    if net.whole:
+        for name in names:
+            walk.whole(name, x)
+    else:
+        walk.grow(names, 0, x, dict.fromkeys(names, ()))
     return (
         {term: value for name in _terms_order(net, teacher) for term, value in walk.terms[name].items()},
         {name: walk.logits[name] for name in net.depths},
@@ -85,7 +90,7 @@ class _Walk:
             logits = self.net.head_of(names[0], feature) if len(names) == 1 else None
         if logits is not None:
             [name] = names
-            self._backward(name, Output(logits, features[name] + passed[name]))
+            self._backward(name, Output(logits, self.net.maps(name, features[name] + passed[name])))
             return
 
         ends = {id(end): end for end in [feature, *(end for name in names for end in passed[name])]}
@@ -100,6 +105,12 @@ class _Walk:
         wanted = [(ends[key], leaf.grad) for key, leaf in leaves.items() if leaf.grad is not None]
         wanted = [(end, gradient) for end, gradient in wanted if end.requires_grad]  # a frozen stem wants none
         torch.autograd.backward([end for end, _ in wanted], [gradient for _, gradient in wanted])
+
+    def whole(self, name: str, x: Tensor) -> None:
+        """Forward and backward of one net that has nothing in common with others."""
+        with self.autocast():
+            output = self.net.run_whole(name, x)
+        self._backward(name, output)
 
     def _node(self, name: str, i: int) -> object:
         return self.paths[name][i].node if i < len(self.paths[name]) else None

@@ -1,7 +1,8 @@
 """From the `network` section of a recipe to a DDNN."""
 
-import copy
 import pickle
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -9,42 +10,66 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddnn.errors import RecipeError
-from ddnn.families import PRESETS
+from ddnn.families import PRESETS, anatomy_of
 from ddnn.families import build as build_full_net
+from ddnn.families.cifar_resnet import CifarResNet
+from ddnn.families.discover import behaviour
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
+from ddnn.proof import first_line
 from ddnn.recipe import Network, Recipe
 
 
-def build(network: Network, num_classes: int) -> DDNN:
-    """A DDNN as the recipe says, with fresh weights from the global random generator, or the recipe's `weights`."""
-    full_net, table = build_full_net(network.name, num_classes, network.width)
+def build(network: Network, num_classes: int, image_size: int | None = None) -> DDNN:
+    """A DDNN as the recipe says, with fresh weights from the global random generator, or those to start from.
+
+    `image_size`, in pixels, is that of the images it is for, where it is known.
+    """
+    full_net, table = build_full_net(
+        network.name,
+        num_classes,
+        network.width,
+        image_size=image_size,
+        pretrained=network.pretrained,
+        options=network.options,
+    )
+    if image_size is not None and not isinstance(full_net, CifarResNet):  # which takes any
+        _check_size(full_net, network.name, image_size)
     if network.weights is not None:
-        load_weights(full_net, network.weights)
-    subnets = table if network.subnets is None else network.subnets
-    name = network.name.rpartition("/")[2] if network.name not in PRESETS else list(PRESETS[network.name].depths)[-1]
-    net = nest(full_net, subnets, full_name=name, norm=network.norm, head=network.head)
+        load_weights(full_net, network.weights, fresh_classifier=network.fresh_classifier)
+    net = nest(
+        full_net,
+        table if network.subnets is None else network.subnets,
+        full_name=_full_name(network.name),
+        norm=network.norm,
+        head=network.head,
+        stages=network.stages,
+        example=None
+        if image_size is None
+        else torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)),
+    )
     if network.alone is None:
         return net
     if network.alone not in net.depths:
         raise RecipeError(f"network.alone: no net {network.alone!r} in the table; it has {', '.join(net.depths)}")
-    return nest(
-        copy.deepcopy(net.nets[network.alone]), {}, full_name=network.alone, norm=network.norm, head=network.head
-    )
+    return net.alone(network.alone)
 
 
 def check(recipe: Recipe) -> None:
     """Raise what is wrong with the recipe's networks, without their weights or data."""
-    net = build(recipe.network.model_copy(update={"weights": None}), num_classes=2)
+    net = build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size)
     objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
     if len(net.depths) > 1:
         objective.check(list(net.depths)[:-1])
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Load a state dict strictly into an ordinary network; `RecipeError` says what does not fit."""
-    weights = _read(path)
+def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) -> None:
+    """Load the weights of an ordinary network, or of a run's full-net, strictly; `RecipeError` says what does not fit.
+
+    With `fresh_classifier`, a classifier for another number of classes is left as it is.
+    """
     ours = net.state_dict()
+    weights = _of_full_net(_read(path), ours.keys(), path)
     # Files from before 2018 lack these counters, which nothing but cumulative averages reads; torch allows that too.
     missing = [k for k in ours if k not in weights and not k.endswith("num_batches_tracked")]
     surplus = [k for k in weights if k not in ours]
@@ -54,17 +79,71 @@ def load_weights(net: nn.Module, path: Path) -> None:
             f"network.weights: {path} is of another network: {len(missing)} tensors missing, "
             f"{len(surplus)} too many; it {example}"
         )
-    for name, tensor in weights.items():
-        if tensor.shape != ours[name].shape:
+    differing = [name for name, tensor in weights.items() if tensor.shape != ours[name].shape]
+    if differing:
+        name = differing[0]
+        shapes = f"{name} of shape {tuple(weights[name].shape)}, the network needs {tuple(ours[name].shape)}"
+        if not _only_classes(net, {name: (weights[name], ours[name]) for name in differing}):
+            raise RecipeError(f"network.weights: {path} is of another network: it holds {shapes}")
+        if not fresh_classifier:
             raise RecipeError(
-                f"network.weights: {path} holds {name} of shape {tuple(tensor.shape)}, "
-                f"the network needs {tuple(ours[name].shape)}"
-                + (" (trained for another number of classes?)" if tensor.shape[1:] == ours[name].shape[1:] else "")
+                f"network.weights: {path} was trained for another number of classes: it holds {shapes}; "
+                "network.fresh_classifier=true takes everything but the classifier"
             )
-    net.load_state_dict(weights, strict=not any(k not in weights for k in ours))
+    kept = {name: tensor for name, tensor in weights.items() if name not in differing}
+    net.load_state_dict(kept, strict=not differing and all(k in weights for k in ours))
+
+
+def _only_classes(net: nn.Module, differing: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """Whether these tensors differ in nothing but the number of classes."""
+    anatomy, _ = anatomy_of(net)
+    classifier = tuple(f"{layer}." for layer in anatomy.classifier(net))
+    return all(
+        name.startswith(classifier) and theirs.shape[1:] == ours.shape[1:] for name, (theirs, ours) in differing.items()
+    )
+
+
+def _of_full_net(weights: dict[str, Tensor], names: Collection[str], path: Path) -> dict[str, Tensor]:
+    """The full-net's tensors where the file holds all nets of a run, under their library's names."""
+    if not weights or not all(name.startswith("nets.") or name == "calibrated" for name in weights):
+        return weights
+    nets: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        if name != "calibrated":
+            _, net, inner = name.split(".", 2)
+            nets.setdefault(net, {})[inner] = tensor
+    whole = {net: held for net, held in nets.items() if held.keys() == set(names)}
+    if len(whole) != 1:
+        held = ", ".join(f"{net} ({len(tensors)} tensors)" for net, tensors in nets.items())
+        raise RecipeError(
+            f"network.weights: {path} holds a run's nets, {held}, and not one that is this recipe's full-net "
+            f"({len(names)} tensors); take one out with ddnn extract"
+        )
+    return next(iter(whole.values()))
+
+
+def _check_size(net: nn.Module, name: str, image_size: int) -> None:
+    try:
+        behaviour(net, torch.empty(2, 3, image_size, image_size))
+    except Exception as error:  # whatever a forward may raise
+        raise RecipeError(
+            f"network.name: {name} can't run on images of {image_size} px: {first_line(error)}; data.image_size sets "
+            "another size"
+        ) from None
+
+
+def _full_name(network: str) -> str:
+    """What the full-net is called: the library's name for it, or the preset's last."""
+    if network in PRESETS:
+        return list(PRESETS[network].depths)[-1]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", re.split(r"[/:]", network)[-1])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise RecipeError(f"network.weights: {path} is no folder of a finished run: it has no model.safetensors")
+        path = path / "model.safetensors"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

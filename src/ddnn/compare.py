@@ -146,7 +146,7 @@ def compare(
     A training that fails does not stop the others; `RunError` names the failed ones at the end.
     """
     check(recipe)
-    net = build(recipe.network.model_copy(update={"weights": None}), num_classes=2)
+    net = build(recipe.network.unweighted(), num_classes=2)
     _open(folder, recipe)
     jobs = plan(_shared_out(recipe, workers), methods, seeds, list(net.depths))
     by_name = {job.name: job for job in jobs}
@@ -238,15 +238,16 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = ()) -> f
 @functools.cache
 def _macs_per_image(network_json: str, taught: bool, size: int, classes: int) -> int:
     """MACs of a training step per image: forward once, backward twice as much; a separate teacher's forward too."""
-    network = Network.model_validate_json(network_json).model_copy(update={"weights": None})
-    total = 3 * macs(build(network, classes), size)
+    network = Network.model_validate_json(network_json).unweighted()
+    total = 3 * macs(build(network, classes, size), size)
     if taught:
-        whole = build(network.model_copy(update={"alone": None}), classes)
+        whole = build(network.model_copy(update={"alone": None}), classes, size)
         total += macs(whole.nets[whole.full_name], size)
     return total
 
 
-def _cost(recipe: Recipe, size: int = 32, classes: int = 10) -> int:
+def _cost(recipe: Recipe, size: int | None = None, classes: int = 10) -> int:
+    size = size or recipe.data.image_size or 32
     return _macs_per_image(recipe.network.model_dump_json(), recipe.objective.teacher is not None, size, classes)
 
 
@@ -265,7 +266,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         "methods": {},
     }
     by_name = {job.name: job for job in jobs}
-    order = list(build(recipe.network.model_copy(update={"weights": None}), 2).depths)
+    order = list(build(recipe.network.unweighted(), 2).depths)
     for net in order:
         rows = [summary["subnets"][net] for summary in done.values() if net in summary["subnets"]]
         if rows:

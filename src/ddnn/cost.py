@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddnn.branchwise import branchwise_backward
 from ddnn.evaluate import macs, side_by_side
-from ddnn.network import DDNN, nest
+from ddnn.network import DDNN
 from ddnn.objective import EKD
 
 
@@ -71,9 +71,7 @@ def _side_by_side(
 ) -> dict[str, float]:
     """Median seconds of the joint step and of that of every net alone."""
     joint = copy.deepcopy(net).train()
-    alone = {
-        name: nest(copy.deepcopy(sub), {}, full_name=name, family=net.family).train() for name, sub in net.nets.items()
-    }
+    alone = {name: net.alone(name).train() for name in net.nets}
     rng = torch.get_rng_state()  # dropout draws from it
     calls = {"joint": step(joint)} | {f"alone {name}": step(one) for name, one in alone.items()}
     seconds = {name: statistics.median(times) for name, times in side_by_side(calls, x.device, budget_s).items()}

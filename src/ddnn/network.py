@@ -6,24 +6,23 @@ beginning the blocks are the same modules and run once. No layer knows about dep
 """
 
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ddnn.errors import NestingError
-from ddnn.families import family_of
-from ddnn.families.family import Family, children_outside
-
-NormPolicy = Literal["private", "shared", "recalibrated"]
-HeadPolicy = Literal["shared", "private"]
-Depths = tuple[int, ...]
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from ddnn.families import anatomy_of
+from ddnn.families.family import Anatomy, Family
+from ddnn.families.split import IndivisibleError
+from ddnn.proof import at_rest, logits_of, overwrites
+from ddnn.sharing import Depths, HeadPolicy, NormPolicy, agreement, nested, owner
+from ddnn.table import Wanted, check_network, check_policies, table_of
+from ddnn.tied import give_to_all, keep_each_once
 
 
 class Output(NamedTuple):
@@ -32,7 +31,8 @@ class Output(NamedTuple):
     logits: Tensor
     """[N, classes]"""
     features: tuple[Tensor, ...]
-    """The output of every stage, shallow to deep, each [N, channels, height, width]."""
+    """The output of every stage, shallow to deep, each as a map [N, channels, height, width]; see
+    `Anatomy.feature_map` for networks that work on tokens or with channels last."""
 
 
 Node = tuple[str, int]
@@ -43,7 +43,8 @@ class Step(NamedTuple):
     """One block of a path. Steps of two paths with the same node are the same computation on the same input."""
 
     node: Node
-    block: nn.Module
+    block: Callable[[Tensor], Tensor]
+    """The block, with what its network does just before it; mostly the module itself."""
     ends_stage: bool
 
 
@@ -57,29 +58,43 @@ class DDNN(nn.Module):
     fills them all. So whoever goes through a state dict, to save or to average it, meets no tensor twice.
     """
 
-    def __init__(self, nets: Mapping[str, nn.Module], family: Family, norm: NormPolicy, head: HeadPolicy) -> None:
+    def __init__(
+        self, nets: Mapping[str, nn.Module], anatomies: Mapping[str, Anatomy], norm: NormPolicy, head: HeadPolicy
+    ) -> None:
         super().__init__()
         self.nets = nn.ModuleDict(nets)
-        self.family = family
+        self.anatomies = {name: anatomies[name] for name in nets}
         self.norm = norm
         self.head = head
-        self.depths = {name: family.depths(net) for name, net in nets.items()}
+        self.depths = {name: anatomy.depths for name, anatomy in self.anatomies.items()}
         if norm == "recalibrated":
             # Kept with the weights: a net whose statistics were never recomputed must not pass for a finished one.
             self.register_buffer("calibrated", torch.tensor(False))
             self.calibrated: Tensor
-        self.register_state_dict_post_hook(_keep_each_once)
-        self.register_load_state_dict_pre_hook(_give_to_all)
+        self.register_state_dict_post_hook(keep_each_once)
+        self.register_load_state_dict_pre_hook(give_to_all)
 
     @property
     def full_name(self) -> str:
         """Name of the full-net."""
         return next(reversed(self.depths))
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, shallow to deep."""
+        return tuple(stage.name for stage in self.anatomies[self.full_name].stages)
+
+    @property
+    def whole(self) -> str | None:
+        """Why the nets run whole, sharing weights but no work; None if they don't."""
+        return self.anatomies[self.full_name].family.whole
+
     def forward(self, x: Tensor, only: Iterable[str] | None = None) -> dict[str, Output]:
         """Run the tree of paths on images [N, C, H, W]."""
         wanted = set(self.depths if only is None else map(self._known, only))
         names = [name for name in self.depths if name in wanted]
+        if self.whole:
+            return {name: self.run_whole(name, x) for name in names}
         paths = {name: self.path(name) for name in names}
         # Paths part only where a stage of one of them ends, so nothing else has to be kept for another path.
         ends = {step.node for path in paths.values() for step in path if step.ends_stage}
@@ -93,14 +108,14 @@ class DDNN(nn.Module):
                 feature = step.block(feature)
                 if step.node in ends:
                     ran[step.node] = feature
-            features = tuple(ran[step.node] for step in path if step.ends_stage)
-            outputs[name] = Output(self.head_of(name, feature), features)
+            features = [ran[step.node] for step in path if step.ends_stage]
+            outputs[name] = Output(self.head_of(name, feature), self.maps(name, features))
         return outputs
 
     def path(self, name: str) -> list["Step"]:
         """The blocks that a net runs between stem and head, in order."""
         steps: list[Step] = []
-        for blocks in self.family.blocks(self.nets[self._known(name)]):
+        for blocks in self.anatomies[self._known(name)].steps(self.nets[name]):
             for b, block in enumerate(blocks):
                 i = len(steps)
                 steps.append(Step((owner(self.depths, name, i), i), block, ends_stage=b == len(blocks) - 1))
@@ -108,11 +123,36 @@ class DDNN(nn.Module):
 
     def stem(self, x: Tensor) -> Tensor:
         """What all nets begin with: images [N, C, H, W] -> input of the first stage."""
-        return self.family.stem(self.nets[self.full_name], x)
+        return self.anatomies[self.full_name].stem(self.nets[self.full_name], x)
 
     def head_of(self, name: str, feature: Tensor) -> Tensor:
-        """Output of a net's last stage -> its logits [N, classes]."""
-        return self.family.head(self.nets[name], feature)
+        """Output of a net's last stage, as its last block gives it -> its logits [N, classes]."""
+        return self.anatomies[name].head(self.nets[name], feature)
+
+    def maps(self, name: str, features: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs of a net's stages, as their blocks give them -> maps [N, channels, height, width]."""
+        return tuple(self.anatomies[name].feature_map(self.nets[name], feature) for feature in features)
+
+    def run_whole(self, name: str, x: Tensor) -> Output:
+        """Run one net by its own forward; bitwise what `self(x)` gives of it."""
+        seen: dict[str, Tensor] = {}
+        sub, anatomy = self.nets[self._known(name)], self.anatomies[name]
+        ends = [stage.blocks[-1][-1] for stage in anatomy.stages]
+
+        def keep(end: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _given: object, result: Tensor | Sequence[Tensor]) -> None:
+                feature = result if isinstance(result, Tensor) else result[0]
+                seen[end] = feature.clone() if anatomy.family.clones else feature
+
+            return hook
+
+        hooks = [sub.get_submodule(end).register_forward_hook(keep(end)) for end in ends]
+        try:
+            logits = sub(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Output(logits, self.maps(name, [seen[end] for end in ends]))
 
     def subnet(self, name: str) -> nn.Module:
         """A copy of one net as an ordinary network of its library, independent of this DDNN.
@@ -128,6 +168,11 @@ class DDNN(nn.Module):
             )
         return copy.deepcopy(self.nets[name])
 
+    def alone(self, name: str) -> "DDNN":
+        """A copy of one net as a DDNN of its own, which has no other."""
+        nets = {name: copy.deepcopy(self.nets[self._known(name)])}
+        return DDNN(nets, self.anatomies, self.norm, self.head)
+
     def _known(self, name: str) -> str:
         if name not in self.depths:
             raise NestingError(f"no net {name!r} in this DDNN; it has {', '.join(self.depths)}")
@@ -136,12 +181,14 @@ class DDNN(nn.Module):
 
 def nest(
     full_net: nn.Module,
-    subnets: Mapping[str, Sequence[int] | Mapping[str, int]],
+    subnets: Wanted,
     *,
     full_name: str = "full",
     norm: NormPolicy = "private",
     head: HeadPolicy = "shared",
     family: Family | None = None,
+    stages: Sequence[str] | None = None,
+    example: Tensor | None = None,
 ) -> DDNN:
     """Nest sub-nets in a network and return the DDNN.
 
@@ -153,17 +200,67 @@ def nest(
     `shared`, one for all; `recalibrated`, one for all but with own running statistics, to be recomputed by
     `recalibrate` after training. `head` says the same of the classifier.
 
-    Raises `NestingError` for depths that don't nest.
+    The stages of a network that no family lists are found by its structure, or named by `stages`: `"layer1"` (every
+    module in it is a block), `"blocks[0:4]"`, `"block1..block3"`, `"stages.*.blocks"`. `example`, images [N, C, H, W]
+    that the network takes, is needed only where it can't be guessed. The nets are then run on it once and compared with
+    the tree, bitwise. Where the forward can't be taken apart at its stages, the nets share weights but no work, and a
+    warning says why.
+
+    Raises `NestingError` for depths that don't nest and for stages that can't be found.
     """
-    for value, allowed, what in ((norm, NormPolicy, "norm"), (head, HeadPolicy, "head")):
-        if value not in get_args(allowed):
-            raise NestingError(f"{what}={value!r} is not one of {', '.join(get_args(allowed))}")
-    family = family_of(full_net) if family is None else family
-    table = _check(full_net, subnets, full_name, family)
-    nets = {name: full_net for name, depths in table.items() if depths == family.depths(full_net)}
-    for name in list(table)[-2::-1]:  # deep to shallow, so that each sub-net finds those it shares a beginning with
-        nets[name] = _cut(name, table, nets, family, norm, head)
-    return DDNN({name: nets[name] for name in table}, family, norm, head)
+    check_network(full_net)
+    anatomy, example = anatomy_of(full_net, family, stages, example)
+    check_policies(full_net, anatomy, norm, head)
+    table = table_of(full_net, subnets, full_name, anatomy)
+    if anatomy.family.whole is None:
+        try:
+            net = _nested(full_net, table, anatomy, norm, head)
+            if example is None:
+                return net
+            if _overwrites(net, example):  # its input must then be a copy
+                anatomy = anatomy.as_if(full_net, clones=True)
+                net = _nested(full_net, table, anatomy, norm, head)
+            differing = _differing(net, example)
+            if differing is None:
+                return net
+            anatomy = anatomy.as_if(full_net, whole=f"taken apart, {differing} gives other logits than by its forward")
+        except IndivisibleError as indivisible:
+            anatomy = anatomy.as_if(full_net, whole=f"in a sub-net, {indivisible}")
+    warnings.warn(
+        f"the nets of {type(full_net).__name__} share weights but no work, as its forward can't be taken apart: "
+        f"{anatomy.family.whole}",
+        stacklevel=2,
+    )
+    net = _nested(full_net, table, anatomy, norm, head)
+    if example is not None:
+        _differing(net, example)
+    return net
+
+
+def _nested(
+    full_net: nn.Module, table: Mapping[str, Depths], anatomy: Anatomy, norm: NormPolicy, head: HeadPolicy
+) -> DDNN:
+    *names, full_name = table
+    nets, anatomies = {full_name: full_net}, {full_name: anatomy}
+    for name in reversed(names):  # deep to shallow, so that each sub-net finds those it shares a beginning with
+        nets[name], anatomies[name] = nested(name, table, nets, anatomies, norm, head)
+    return DDNN({name: nets[name] for name in table}, anatomies, norm, head)
+
+
+def _overwrites(net: DDNN, x: Tensor) -> bool:
+    with at_rest(net):
+        return any(
+            overwrites(net.stem, [step.block for step in net.path(name)], partial(net.head_of, name), x)
+            for name in net.nets
+        )
+
+
+def _differing(net: DDNN, x: Tensor) -> str | None:
+    """The first net whose logits in the tree are not those of its own forward; `NestingError` if one can't run."""
+    with at_rest(net):
+        expected = logits_of(dict(net.nets.items()), x)
+        outputs = net(x)
+        return next((name for name in net.nets if not torch.equal(outputs[name].logits, expected[name])), None)
 
 
 def recalibrate(net: DDNN, batches: Iterable[Tensor]) -> None:
@@ -171,146 +268,3 @@ def recalibrate(net: DDNN, batches: Iterable[Tensor]) -> None:
     update_bn(batches, net)
     if net.norm == "recalibrated":
         net.calibrated.fill_(True)
-
-
-def _kept_names(net: DDNN) -> dict[str, str]:
-    """Name of every parameter and buffer in the nets -> the name its state is kept under."""
-    kept: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for net_name in reversed(net.depths):
-        sub = net.nets[net_name]
-        for named in (sub.named_parameters(remove_duplicate=False), sub.named_buffers(remove_duplicate=False)):
-            for name, tensor in named:
-                here = f"nets.{net_name}.{name}"
-                names[here] = kept.setdefault(id(tensor), here)
-    return names
-
-
-def _keep_each_once(net: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
-    assert isinstance(net, DDNN)
-    for name, kept in _kept_names(net).items():
-        if name != kept:
-            state.pop(prefix + name, None)
-
-
-def _give_to_all(
-    net: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, object], *_: object
-) -> None:
-    assert isinstance(net, DDNN)
-    if metadata.get("assign_to_params_buffers"):
-        raise NestingError("load_state_dict(assign=True) would part what the nets share; load without assign")
-    for name, kept in _kept_names(net).items():
-        if prefix + kept in state:
-            state.setdefault(prefix + name, state[prefix + kept])
-
-
-def agreement(a: Depths, b: Depths) -> int:
-    """Number of blocks that two paths run in common before they diverge."""
-    count = 0
-    for in_a, in_b in zip(a, b, strict=True):
-        count += min(in_a, in_b)
-        if in_a != in_b:
-            break
-    return count
-
-
-def owner(table: dict[str, Depths], name: str, i: int) -> str:
-    """Whose node of the tree the i-th block of `name`'s path is: the last net listed that runs it in common with it."""
-    return next(other for other in reversed(table) if agreement(table[other], table[name]) > i)
-
-
-def _cut(
-    name: str, table: dict[str, Depths], nets: dict[str, nn.Module], family: Family, norm: NormPolicy, head: HeadPolicy
-) -> nn.Module:
-    """The sub-net: a copy of the full-net in which everything shared is the same object, then cut to its depths.
-
-    `copy.deepcopy` takes from its memo instead of copying. What the memo holds, module or parameter, is shared.
-    """
-    full = nets[next(reversed(table))]
-    memo: dict[int, object] = {}
-
-    def share(module: nn.Module, instead: nn.Module | None = None) -> None:
-        memo[id(module)] = module if instead is None else instead
-
-    def share_parameters(module: nn.Module) -> None:
-        for part in module.modules():
-            if norm != "private" or not isinstance(part, _NORMS):
-                memo.update((id(p), p) for p in part.parameters(recurse=False))
-
-    memo.update((id(p), p) for p in full.parameters(recurse=False))  # such as a position embedding
-    for module in children_outside(full, [*family.stages, *family.after_stages]):
-        share(module)
-    i = 0
-    for s, blocks in enumerate(family.blocks(full)):
-        for b, block in enumerate(blocks):
-            if b >= table[name][s]:
-                share(block)  # cut off below; sharing spares the copy
-                continue
-            first = owner({k: table[k] for k in table if k in nets or k == name}, name, i)
-            if first != name:
-                share(block, family.blocks(nets[first])[s][b])
-            elif norm == "shared":
-                share(block)
-            else:
-                share_parameters(block)
-            i += 1
-    classifier = full.get_submodule(family.classifier)
-    for module in map(full.get_submodule, family.after_stages):
-        if norm == "shared" and classifier not in module.modules():
-            share(module)
-        share_parameters(module)
-    if head == "shared":
-        share(classifier)
-    else:
-        for parameter in classifier.parameters():
-            memo.pop(id(parameter), None)
-
-    subnet = copy.deepcopy(full, memo)
-    for stage, kept in zip(family.stages, table[name], strict=True):
-        del family.stage(subnet, stage)[kept:]
-    return subnet
-
-
-def _check(
-    full_net: nn.Module, subnets: Mapping[str, Sequence[int] | Mapping[str, int]], full_name: str, family: Family
-) -> dict[str, Depths]:
-    """The table of depths by name, the full-net last, or `NestingError`."""
-    full = family.depths(full_net)
-    has = ", ".join(f"{stage}: {blocks}" for stage, blocks in zip(family.stages, full, strict=True))
-    table: dict[str, Depths] = {}
-    for name, given in subnets.items():
-        _check_name(name)
-        if objection := family.objection(full_net, name):
-            raise NestingError(f"sub-net {name}: {objection}")
-        if isinstance(given, Mapping):
-            unknown = [stage for stage in given if stage not in family.stages]
-            if unknown:
-                raise NestingError(f"sub-net {name}: no stage {unknown[0]!r} in this full-net, which has {has}")
-            given = [given.get(stage, blocks) for stage, blocks in zip(family.stages, full, strict=True)]
-        depths = tuple(given)
-        if len(depths) != len(full):
-            raise NestingError(
-                f"sub-net {name}: {depths} gives {len(depths)} stages, the full-net has {len(full)} ({has})"
-            )
-        for stage, kept, blocks in zip(family.stages, depths, full, strict=True):
-            if type(kept) is not int or not 1 <= kept <= blocks:
-                raise NestingError(
-                    f"sub-net {name} does not nest: it keeps {kept!r} blocks of {stage}, "
-                    f"where the full-net has {blocks}; allowed: 1 to {blocks}"
-                )
-        twin = next((other for other, theirs in table.items() if theirs == depths), None)
-        if twin is not None:
-            raise NestingError(f"sub-nets {twin} and {name} are the same network, {depths}; leave one out")
-        table[name] = depths
-    named = next((name for name, depths in table.items() if depths == full), None)
-    if named is None:
-        _check_name(full_name)
-        if full_name in table:
-            raise NestingError(f"sub-net {full_name} has the full-net's name; give another full_name")
-        return {**table, full_name: full}
-    return {**{name: depths for name, depths in table.items() if name != named}, named: full}
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise NestingError(f"{name!r} can't name a net: use letters, digits, '-' and '_', and no word of torch's own")

@@ -21,6 +21,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Depths = tuple[Count, ...]
+Scalar = bool | int | float | str
+Option = Scalar | list[Scalar]
 
 
 class Section(BaseModel):
@@ -82,9 +84,15 @@ class Network(Section):
     """The full-net and the sub-nets nested in it."""
 
     name: str = "cifar-resnet8-14-20"
-    """A preset (`ddnn recipes --presets` lists them) or a full-net such as `cifar/resnet20`, `torchvision/resnet34`."""
+    """A preset (`ddnn recipes --presets` lists them), or a full-net as `cifar/resnet20`, `torchvision/NAME`,
+    `timm/NAME`."""
     subnets: dict[str, Depths | dict[str, Count]] | None = None
-    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table."""
+    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table.
+    `ddnn suggest` proposes some."""
+    stages: tuple[str, ...] | None = None
+    """Names of the stages, such as `["layer1", "blocks[0:4]"]`, where a network's own division does not suit."""
+    options: dict[str, Option] = {}
+    """Given to the library's function that makes the network, such as `{drop_path_rate = 0.1}`."""
     width: Count = 16
     """Channels of the first stage; CIFAR ResNets only."""
     norm: Literal["private", "shared", "recalibrated"] = "private"
@@ -95,7 +103,25 @@ class Network(Section):
     alone: str | None = None
     """Train only this net of the table, by itself; `ddnn compare` uses it for its baselines."""
     weights: Path | None = None
-    """Safetensors or `weights_only` PyTorch file with the full-net's weights to start from."""
+    """The full-net's weights to start from: a safetensors or `weights_only` PyTorch file with the library's names, or
+    a run folder (or its `model.safetensors`), of which the full-net is taken."""
+    fresh_classifier: bool = False
+    """Whether `weights` trained for other classes are taken without their classifier, which then starts fresh."""
+    pretrained: bool = False
+    """Start from the weights that torchvision or timm offers for this network, which they download; the classifier
+    is fresh where it has another number of classes."""
+
+    @model_validator(mode="after")
+    def _starts_from_one_place(self) -> Self:
+        if self.pretrained and self.weights is not None:
+            raise ValueError("pretrained=true and weights both say what to start from; leave one out")
+        if self.fresh_classifier and self.weights is None:
+            raise ValueError("fresh_classifier=true is about weights; give weights=FILE, or leave it out")
+        return self
+
+    def unweighted(self) -> "Network":
+        """The same network with fresh weights."""
+        return self.model_copy(update={"weights": None, "fresh_classifier": False, "pretrained": False})
 
 
 class Objective(Section):

@@ -26,8 +26,7 @@ def load_trained(run: RunFolder) -> tuple[DDNN, dict[str, Any]]:
     about, summary = run.read_json("run.json"), run.read_json("summary.json")
     if about is None or summary is None:
         raise RunError(f"the run in {run.path} is not finished; go on with: ddnn train --resume {run.path}")
-    unweighted = run.recipe.network.model_copy(update={"weights": None})
-    net = build(unweighted, len(about["data"]["classes"]))
+    net = build(run.recipe.network.unweighted(), len(about["data"]["classes"]), about["data"]["image_size"])
     run.load_weights(net, summary["weights_sha256"])
     return net.eval(), about
 

@@ -69,8 +69,8 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     memory = PeakMemory(device)
     keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = run.load_checkpoint()
-    network = recipe.network if kept is None else recipe.network.model_copy(update={"weights": None})
-    state = State.fresh(recipe, build(network, len(dataset.classes)), steps, device)
+    network = recipe.network if kept is None else recipe.network.unweighted()
+    state = State.fresh(recipe, build(network, len(dataset.classes), dataset.image_size), steps, device)
     if recipe.objective.teacher is not None:
         state.teacher = load_teacher(run.path / recipe.objective.teacher, dataset, device)
     if kept is not None:

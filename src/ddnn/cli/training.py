@@ -204,12 +204,14 @@ def recipes(
 
     shipped = recipe.shipped()
     if presets:
-        from ddnn.families import FULL_NETS, PRESETS
+        from ddnn.families import PRESETS
 
         for preset, nets in PRESETS.items():
             table = ", ".join(f"{net} {depths}" for net, depths in nets.depths.items())
             print(f"{preset:28} {table}")
-        print(f"\nfull-nets, for your own network.subnets: {', '.join(FULL_NETS)}")
+        print(
+            "\nfull-nets, for your own network.subnets: cifar/resnetN, torchvision/NAME, timm/NAME (ddnn suggest NAME)"
+        )
     elif name is None:
         for each, text in shipped.items():
             print(f"{each:28} {text.splitlines()[0].removeprefix('# ')}")

@@ -38,7 +38,9 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, classes]."""
-        return _head(self, self.layer3(self.layer2(self.layer1(_stem(self, x)))))
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
@@ -58,20 +60,8 @@ def _matches(net: nn.Module) -> bool:
     return isinstance(net, CifarResNet)
 
 
-def _stem(net: CifarResNet, x: Tensor) -> Tensor:
-    return net.relu(net.bn1(net.conv1(x)))
-
-
-def _head(net: CifarResNet, feature: Tensor) -> Tensor:
-    return net.fc(torch.flatten(net.avgpool(feature), 1))
-
-
 FAMILY = Family(
     name="CIFAR ResNet",
     matches=_matches,
     stages=("layer1", "layer2", "layer3"),
-    stem=_stem,
-    head=_head,
-    after_stages=("avgpool", "fc"),
-    classifier="fc",
 )

@@ -1,7 +1,8 @@
 """torchvision's ResNet with basic or bottleneck blocks (He et al. 2016, arXiv 1512.03385, table 1)."""
 
-import torch
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ddnn.families.family import Family
@@ -18,21 +19,10 @@ BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 """Block and blocks per stage, by name. `resnet26` and `resnet50_basic` are not torchvision's, the rest are."""
 
 
-def resnet(name: str, *, num_classes: int, width: int | None = None) -> ResNet:
-    """A freshly initialised ResNet; what torchvision's function of that name returns, where it has one.
-
-    `width` is accepted so that every builder is called alike; these networks have the published widths.
-    """
+def resnet(name: str, *, num_classes: int, **options: Any) -> ResNet:
+    """A freshly initialised ResNet; what torchvision's function of that name returns, where it has one."""
     block, depths = BLOCKS[name]
-    return ResNet(block, list(depths), num_classes=num_classes)
-
-
-def _stem(net: ResNet, x: Tensor) -> Tensor:
-    return net.maxpool(net.relu(net.bn1(net.conv1(x))))
-
-
-def _head(net: ResNet, feature: Tensor) -> Tensor:
-    return net.fc(torch.flatten(net.avgpool(feature), 1))
+    return ResNet(block, list(depths), num_classes=num_classes, **options)
 
 
 def _objection(net: nn.Module, name: str) -> str | None:
@@ -56,9 +46,5 @@ FAMILY = Family(
     name="torchvision ResNet",
     matches=_matches,
     stages=("layer1", "layer2", "layer3", "layer4"),
-    stem=_stem,
-    head=_head,
-    after_stages=("avgpool", "fc"),
-    classifier="fc",
     objection=_objection,
 )

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddnn.hub.config import Config, Preprocessing
+    from ddnn.hub.config import Config, Network, Preprocessing
     from ddnn.hub.evidence import Evidence
     from ddnn.hub.finished import save_run, save_subnet_of_run
     from ddnn.hub.folder import from_pretrained, load_config, save_pretrained
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": "config",
     "Evidence": "evidence",
+    "Network": "config",
     "Preprocessing": "config",
     "from_pretrained": "folder",
     "load_config": "folder",
@@ -41,6 +42,7 @@ _HOME = {
 __all__ = [
     "Config",
     "Evidence",
+    "Network",
     "Preprocessing",
     "from_pretrained",
     "load_config",

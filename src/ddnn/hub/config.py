@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ddnn.data.augment import for_evaluation, normalise
 from ddnn.errors import HubError
-from ddnn.network import HeadPolicy, NormPolicy
 from ddnn.picture import rgb
+from ddnn.recipe import Option
+from ddnn.sharing import HeadPolicy, NormPolicy
 from ddnn.version import __version__
 
 FORMAT = 1
@@ -43,16 +44,35 @@ class Preprocessing(_Part):
         return normalise(pixels[None], self.mean, self.std)
 
 
+class Network(_Part):
+    """The full-net, or a larger one it can be cut from, as a recipe would name it."""
+
+    name: NetworkName
+    width: Annotated[int, Field(ge=1, le=8192)] = 16
+    """Channels of the first stage; CIFAR ResNets only."""
+    options: dict[str, Option] = {}
+    """Given to the library's function that makes the network."""
+    stages: tuple[str, ...] | None = None
+    """Names of the stages, where the network's own division was not taken."""
+
+    @model_validator(mode="after")
+    def _fetches_nothing(self) -> Self:
+        for key in self.options:
+            if key.startswith(("pretrained", "checkpoint", "cache", "weights")):
+                raise ValueError(f"the option {key!r} would fetch or load something else than these weights")
+        return self
+
+
 class Config(_Part):
     """The content of `config.json`."""
 
     ddnn: str = __version__
     """The version that wrote it; that the key is there tells ddnn's models from others."""
     format: int = FORMAT
-    network: NetworkName | None
-    """The full-net, or a larger one it can be cut from, by the name that a recipe would give; None: made by code."""
-    width: Annotated[int, Field(ge=1, le=8192)] = 16
-    """Channels of the first stage, for networks that have a choice."""
+    network: Network | None
+    """How the full-net is built; None: it was made by code."""
+    stages: tuple[str, ...]
+    """Names of the stages."""
     num_classes: Count
     depths: Annotated[dict[str, tuple[Count, ...]], Field(min_length=1)]
     """Blocks kept per stage by name of the net, the full-net last."""
@@ -63,9 +83,12 @@ class Config(_Part):
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
     @model_validator(mode="after")
-    def _a_name_for_every_class(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise ValueError(f"{len(self.classes)} names of classes for {self.num_classes} classes")
+        for name, depths in self.depths.items():
+            if len(depths) != len(self.stages):
+                raise ValueError(f"net {name} has {len(depths)} depths for {len(self.stages)} stages")
         return self
 
     def to_json(self) -> bytes:

@@ -5,10 +5,11 @@ from typing import Any
 
 from ddnn.checkpoint import RunFolder
 from ddnn.families import PRESETS
-from ddnn.hub.config import Config, Preprocessing
+from ddnn.hub.config import Config, Network, Preprocessing
 from ddnn.hub.evidence import of_run
 from ddnn.hub.folder import save_pretrained
 from ddnn.hub.plain import save_for_timm
+from ddnn.network import DDNN
 from ddnn.trained import load_trained
 
 
@@ -28,7 +29,7 @@ def save_run(
     evidence = of_run(run, comparison)
     net, about = load_trained(run)
     return save_pretrained(
-        net, folder, network=_full_net(run), width=run.recipe.network.width, classes=about["data"]["classes"],
+        net, folder, network=_network(run, net), classes=about["data"]["classes"],
         preprocessing=_preprocessing(run, about), evidence=evidence, license=license, repo_id=repo_id,
     )  # fmt: skip
 
@@ -49,16 +50,21 @@ def save_subnet_of_run(
     """
     evidence = of_run(run, comparison)
     net, about = load_trained(run)
+    network = _network(run, net)
     return save_for_timm(
-        net, name, folder, architecture=architecture or (name, _full_net(run).rpartition("/")[2]),
+        net, name, folder, architecture=architecture or (name, network.name.rpartition("/")[2]),
+        options=network.options if network.name.startswith("timm/") else None,
         classes=about["data"]["classes"], preprocessing=_preprocessing(run, about), evidence=evidence, license=license,
         repo_id=repo_id,
     )  # fmt: skip
 
 
-def _full_net(run: RunFolder) -> str:
-    name = run.recipe.network.name
-    return PRESETS[name].full_net if name in PRESETS else name
+def _network(run: RunFolder, net: DDNN) -> Network:
+    asked = run.recipe.network
+    name = PRESETS[asked.name].full_net if asked.name in PRESETS else asked.name
+    if name.startswith("timm/") and ":" in name:  # the address of weights, from which the run only started
+        name = f"timm/{net.nets[net.full_name].pretrained_cfg['architecture']}"  # type: ignore[index]
+    return Network(name=name, width=asked.width, options=asked.options, stages=asked.stages)
 
 
 def _preprocessing(run: RunFolder, about: dict[str, Any]) -> Preprocessing:

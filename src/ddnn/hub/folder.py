@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 from ddnn.checkpoint import fill, weights_of
 from ddnn.errors import DDNNError, HubError, RunError
 from ddnn.families import build as build_full_net
+from ddnn.families import family_of
 from ddnn.families.family import Family
 from ddnn.files import write_atomic
-from ddnn.hub.config import Config, Preprocessing, checked, read
+from ddnn.hub.config import Config, Network, Preprocessing, checked, read
 from ddnn.hub.evidence import Evidence
 from ddnn.hub.remote import fetch
 from ddnn.network import DDNN, nest
+from ddnn.proof import first_line
 
 WEIGHTS = "model.safetensors"
 USUAL_SIZE = 224  # of images, where nothing says how large the network's are
@@ -26,8 +28,7 @@ def save_pretrained(
     net: DDNN,
     folder: str | Path,
     *,
-    network: str | None = None,
-    width: int = 16,
+    network: str | Network | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     evidence: Evidence | None = None,
@@ -36,11 +37,12 @@ def save_pretrained(
 ) -> Config:
     """Write a DDNN to a folder as the Hugging Face hub keeps models, and return what `config.json` says.
 
-    `network` is the full-net by the name that a recipe would give it (`torchvision/resnet34`; with `width`, for a
-    CIFAR ResNet); whether that builds this very network is tried out. A network made by code has no such name, and
-    `from_pretrained` then has to be given one like it. `classes` are the names of the classes in the order of the
-    logits, `preprocessing` says how an image becomes the input, `evidence` what was measured: the card holds it all.
-    `license` is an identifier of the hub's list, such as `apache-2.0`; `repo_id` what the card calls the model.
+    `network` is the full-net by the name that a recipe would give it, `torchvision/resnet34`, or with width or options
+    beside the name as `ddnn.hub.Network`; whether that builds this very network is tried out. A network made by code
+    has no such name, and `from_pretrained` then has to be given one like it. `classes` are the names of the classes in
+    the order of the logits, `preprocessing` says how an image becomes the input, `evidence` what was measured: the card
+    holds it all. `license` is an identifier of the hub's list, such as `apache-2.0`; `repo_id` what the card calls the
+    model.
 
     A `README.md` that is there already is written anew only if it still has the line that says ddnn wrote it. Raises
     `HubError` where `network`, `classes` or `evidence` are not this net's.
@@ -51,8 +53,8 @@ def save_pretrained(
     content = weights_of(net)
     config = checked(
         {
-            "network": network,
-            "width": width,
+            "network": {"name": network} if isinstance(network, str) else network,
+            "stages": net.stages,
             "num_classes": _num_classes(net, preprocessing.size if preprocessing else USUAL_SIZE),
             "depths": net.depths,
             "norm": net.norm,
@@ -126,38 +128,73 @@ def _rebuild(config: Config, full_net: nn.Module | None, family: Family | None, 
             "from_pretrained(..., full_net=...)"
         )
     try:
-        full_net = _full_net(config, full_net, family)
-        return nest(full_net, config.depths, norm=config.norm, head=config.head, family=family)
+        full_net = _named(config) if full_net is None else full_net
+        return _nested(config, _full_net(config, full_net, family), config.depths, family)
     except DDNNError as error:
         raise HubError(f"{place / 'config.json'}: {error}") from None
 
 
-def _full_net(config: Config, given: nn.Module | None = None, family: Family | None = None) -> nn.Module:
-    """The full-net that a config names, with fresh weights, or the one given; a larger one is cut."""
-    if given is None:
-        assert config.network is not None
-        given, _ = build_full_net(config.network, config.num_classes, config.width)
+def _named(config: Config) -> nn.Module:
+    """The network that a config names, with fresh weights."""
+    assert config.network is not None
+    size = config.preprocessing.size if config.preprocessing else None
+    network, _ = build_full_net(
+        config.network.name,
+        config.num_classes,
+        config.network.width,
+        image_size=size,
+        options=config.network.options,
+    )
+    return network
+
+
+def _full_net(config: Config, given: nn.Module, family: Family | None = None) -> nn.Module:
+    """The full-net of a config: the network given, or cut from it where it is a larger one."""
     name = list(config.depths)[-1]
-    whole = nest(given, {name: config.depths[name]}, full_name=f"{name}-whole", norm=config.norm, family=family)
-    return given if whole.full_name == name else copy.deepcopy(whole.nets[name])
+    whole = _nested(config, given, {name: config.depths[name]}, family, full_name=f"{name}-whole")
+    return given if whole.full_name == name else whole.alone(name).nets[name]
+
+
+def _nested(
+    config: Config,
+    full_net: nn.Module,
+    table: Mapping[str, tuple[int, ...]],
+    family: Family | None,
+    full_name: str = "full",
+) -> DDNN:
+    stages = config.network.stages if config.network else None
+    if family is None and family_of(full_net) is None:
+        stages = config.stages
+    size = config.preprocessing.size if config.preprocessing else None
+    example = None if size is None else _images(2, size)
+    return nest(
+        full_net, table, full_name=full_name, norm=config.norm, head=config.head, family=family, stages=stages,
+        example=example,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def _num_classes(net: DDNN, size: int) -> int:
     ghost = copy.deepcopy(net.nets[net.full_name]).to("meta").eval()
-    return int(ghost(torch.empty(1, 3, size, size, device="meta")).shape[1])
+    try:
+        return int(ghost(torch.empty(1, 3, size, size, device="meta")).shape[1])
+    except Exception as error:  # whatever a forward may raise on images that are not of its size
+        raise HubError(
+            f"the network does not take images of {size} px ({first_line(error)}); say by preprocessing which it takes"
+        ) from None
 
 
 @torch.no_grad()
 def _check_name(net: DDNN, config: Config) -> None:
     """`HubError` unless the network that the config names computes what the full-net computes, bit by bit."""
+    assert config.network is not None
     ours = copy.deepcopy(net.nets[net.full_name]).cpu().eval()
     try:
-        named = _full_net(config).eval()
+        named = _full_net(config, _named(config)).eval()
     except DDNNError as error:
         raise HubError(str(error)) from None
     if other := difference(ours, named, config.preprocessing.size if config.preprocessing else USUAL_SIZE):
-        raise HubError(f"network={config.network!r} is not the full-net of this DDNN: {other}")
+        raise HubError(f"network={config.network.name!r} is not the full-net of this DDNN: {other}")
 
 
 @torch.no_grad()
@@ -173,5 +210,9 @@ def difference(ours: nn.Module, theirs: nn.Module, size: int) -> str | None:
         if mine[name].shape != other[name].shape:
             return f"its {name} is of shape {tuple(other[name].shape)} instead of {tuple(mine[name].shape)}"
     theirs.load_state_dict(mine)
-    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = _images(1, size)
     return None if torch.equal(ours(x), theirs(x)) else "with the same weights it computes something else"
+
+
+def _images(count: int, size: int) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))

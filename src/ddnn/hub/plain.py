@@ -1,7 +1,7 @@
 """One sub-net as an ordinary network, in the form in which timm keeps networks on the hub and in folders."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ NOT_OF_A_CHECKPOINT = (
 )  # fmt: skip
 """What timm's configuration says of a network, not of the weights that timm has for it."""
 DEPTHS_ARE_CALLED = ("layers", "depths")
-"""By those networks of timm that take blocks per stage as an argument."""
+"""By those networks of timm that take blocks per stage as an argument; others take `depth`."""
 
 
 def save_for_timm(
@@ -32,6 +32,7 @@ def save_for_timm(
     folder: str | Path,
     *,
     architecture: str | Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     evidence: Evidence | None = None,
@@ -41,20 +42,21 @@ def save_for_timm(
     """Write one net so that `timm.create_model("local-dir:FOLDER", pretrained=True)` is it; timm's name for it.
 
     `architecture` is timm's name of a network of this kind, or several to try, by default the net's own name. The
-    network's depths may be others than the name's. What is written is tried out first: it loads strictly and gives
-    bitwise the same logits. torchvision's ResNets are timm's too. The other arguments are those of `save_pretrained`.
+    network's depths may be others than the name's; `options` say what else is, as to `timm.create_model`. What is
+    written is tried out first: it loads strictly and gives bitwise the same logits. torchvision's ResNets are timm's
+    too. The other arguments are those of `save_pretrained`.
 
     Raises `HubError` where timm has no such network, or is not installed.
     """
     try:
         from timm.models import save_for_hf
     except ImportError:
-        raise HubError("timm is not installed; it comes with: pip install 'ddnn[examples]'") from None
+        raise HubError("timm is not installed; it comes with: pip install 'ddnn[timm]'") from None
     folder = Path(folder)
     subnet = net.subnet(name).cpu().eval()
     tried = [architecture] if isinstance(architecture, str) else list(architecture or [name])
     size = preprocessing.size if preprocessing else USUAL_SIZE
-    found, theirs = _in_timm(subnet, net.depths[name], tried, size)
+    found, theirs = _in_timm(subnet, net.depths[name], tried, dict(options or {}), size)
     settings: dict[str, Any] = {}
     if classes is not None:
         settings["label_names"] = list(classes)
@@ -79,7 +81,9 @@ def save_for_timm(
     return found
 
 
-def _in_timm(subnet: nn.Module, depths: tuple[int, ...], architectures: Sequence[str], size: int) -> tuple[str, Any]:
+def _in_timm(
+    subnet: nn.Module, depths: tuple[int, ...], architectures: Sequence[str], options: dict[str, Any], size: int
+) -> tuple[str, Any]:
     """timm's name of the sub-net, and timm's network of that name with its weights."""
     import timm
 
@@ -90,7 +94,9 @@ def _in_timm(subnet: nn.Module, depths: tuple[int, ...], architectures: Sequence
         if not timm.is_model(architecture):
             why = why or f"timm has no network {architecture!r}"
             continue
-        choices: list[dict[str, Any]] = [{}, *({key: list(depths)} for key in DEPTHS_ARE_CALLED)]
+        deep: list[dict[str, Any]] = [{}, *({key: list(depths)} for key in DEPTHS_ARE_CALLED)]
+        deep += [{"depth": depths[0]}] if len(depths) == 1 else []
+        choices = [{**options, **sized, **both} for sized in ({}, {"img_size": size}) for both in deep]
         for arguments in choices:
             try:
                 theirs = timm.create_model(architecture, num_classes=num_classes, **arguments).eval()
@@ -98,6 +104,6 @@ def _in_timm(subnet: nn.Module, depths: tuple[int, ...], architectures: Sequence
                 continue
             if (other := difference(subnet, theirs, size)) is None:
                 return architecture, theirs
-            if not arguments:
+            if arguments == options:
                 why = f"timm's {architecture} is another network: {other}"
     raise HubError(f"{why}; give the name of one that is the same at these depths, as architecture")
