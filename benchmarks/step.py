@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side
-from ddnn.families import FULL_NETS, PRESETS, build
+from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -226,7 +226,7 @@ def library(preset: str, name: str) -> nn.Module:
     if hasattr(torchvision.models, name):
         one: nn.Module = getattr(torchvision.models, name)(num_classes=CLASSES)
         return one
-    return FULL_NETS[f"torchvision/{name}"](num_classes=CLASSES, width=None)
+    return build(f"torchvision/{name}", CLASSES)[0]
 
 
 def processor() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ddnn
-from ddnn.families import FULL_NETS
+from ddnn.families import build
 from ddnn.network import DDNN
 
 
@@ -29,7 +29,7 @@ def shaken(net: DDNN, seed: int = 0) -> DDNN:
 def small(norm: str = "private", head: str = "shared") -> DDNN:
     """Three nets for images of 16 px, five classes; the deepest goes on from the second, that from the shallowest."""
     torch.manual_seed(0)
-    full_net = FULL_NETS["cifar/resnet14"](num_classes=5, width=4)
+    full_net = build("cifar/resnet14", 5, 4)[0]
     return shaken(ddnn.nest(full_net, {"a": (1, 1, 1), "b": (2, 1, 1)}, full_name="c", norm=norm, head=head))
 
 

@@ -24,7 +24,7 @@ from ddnn.export import About, bundle, export_bundle
 from ddnn.export.parts import Feature, Part, parts
 from ddnn.export.quiet import quiet
 from ddnn.export.weights import Weights
-from ddnn.families import FULL_NETS, build
+from ddnn.families import build
 from ddnn.network import DDNN
 from ddnn.runtime import load
 from nets import cascade, images, run, shaken, small
@@ -265,7 +265,7 @@ def test_a_graph_that_differs_from_the_network_is_not_written(
 def test_what_the_page_on_bundles_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    net = ddnn.nest(FULL_NETS["cifar/resnet8"](num_classes=2, width=4), {}, full_name="resnet8")
+    net = ddnn.nest(build("cifar/resnet8", 2, 4)[0], {}, full_name="resnet8")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "bundle.md", "exec"), {"net": net, "images": images(size=32)})
     assert load("bundle").classes == ("cat", "dog")

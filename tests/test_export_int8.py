@@ -16,7 +16,7 @@ from ddnn.evaluate import accuracy
 from ddnn.export import About, Int8, bundle, export_bundle
 from ddnn.export.int8 import Sharing
 from ddnn.export.parts import Part
-from ddnn.families import FULL_NETS
+from ddnn.families import build
 from ddnn.network import DDNN
 from nets import cascade, coloured, run, shaken
 
@@ -38,7 +38,7 @@ def cached(net: DDNN, part: Part, image: torch.Tensor) -> Any:
 def net() -> DDNN:
     """Some scales of the shallower net's norms are negative, where the full-net's are not."""
     torch.manual_seed(0)
-    net = shaken(ddnn.nest(FULL_NETS["cifar/resnet14"](num_classes=5, width=8), {"a": (1, 1, 1)}, full_name="b"))
+    net = shaken(ddnn.nest(build("cifar/resnet14", 5, 8)[0], {"a": (1, 1, 1)}, full_name="b"))
     with torch.no_grad():
         for block in ("layer2.0.bn1", "layer3.0.bn2"):
             net.nets["a"].get_submodule(block).weight[::3] *= -1

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddnn.network import DDNN, agreement
+from ddnn.network import DDNN
+from ddnn.sharing import agreement
 
 
 class Feature(NamedTuple):
