@@ -12,6 +12,7 @@ import pytest
 import bundles
 import ddnn
 from ddnn.errors import BundleError, RequestError
+from ddnn.runtime.manifest import checksum
 
 
 @pytest.fixture
@@ -156,6 +157,20 @@ def test_manifests_that_cannot_be_are_refused(bundle: Path, mistake: str) -> Non
     (bundle / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=sentence):
         ddnn.load(bundle)
+
+
+def test_a_manifest_that_was_changed_is_refused(bundle: Path) -> None:
+    """Wherever a digit or a letter is another one, with the checksum that export writes."""
+    content = manifest(bundle)
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**content, "sha256": checksum(content)}, indent=3))
+    ddnn.load(bundle)
+    text = path.read_text()
+    for before, after in (("0.25", "0.26"), ('"bee"', '"gee"'), ('"top1": 0.6', '"top1": 0.9')):
+        assert before in text
+        path.write_text(text.replace(before, after, 1))
+        with pytest.raises(BundleError, match="is damaged or was changed: its checksum of itself differs"):
+            ddnn.load(bundle)
 
 
 def test_a_depth_that_is_not_there_is_named(bundle: Path) -> None:

@@ -13,10 +13,8 @@ from ddnn.cli.app import app
 from ddnn.errors import BudgetError, RequestError
 
 if TYPE_CHECKING:
-    from ddnn.runtime.curve import Curve
-    from ddnn.runtime.heldout import HeldOut
     from ddnn.runtime.manifest import Manifest
-    from ddnn.runtime.model import Model, Prediction
+    from ddnn.runtime.model import Prediction
     from ddnn.runtime.profile import Profile
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `ddnn export` made.")]
@@ -120,20 +118,21 @@ def profile(
 
     manifest = read(bundle)
     counts = threads or sorted({1, available_cpus()})
-    with _watched(quiet=as_json) as watch:
+    with watched(quiet=as_json) as watch:
         measured = profiles.measure(bundle, batch or [1, 8], counts, shared=shared, seconds=seconds, watch=watch)
     folder = profiles.machine_folder(manifest.folder, measured.machine)
-    files = [folder / profiles.NAME, *_drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
+    files = [folder / profiles.NAME, *drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
         return
     _print_profile(measured, manifest)
     for path in files:
         print(path)
-    _warn_if_busy(max(row.busy for row in measured.rows))
+    warn_if_busy(max(row.busy for row in measured.rows))
 
 
-def _warn_if_busy(busy: float) -> None:
+def warn_if_busy(busy: float) -> None:
+    """Say it where other work had the machine while something was measured."""
     from ddnn.runtime.sentences import BUSY
 
     if busy > BUSY:
@@ -234,124 +233,7 @@ def pick(
     )
 
 
-@app.command()
-def cascade(
-    bundle: Bundle,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="HELD-OUT", help="Folder of class folders, or .npz with images and labels."),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The run the bundle comes from, for its held-out images.")
-    ] = None,
-    accuracy: Annotated[
-        float | None, typer.Option(min=0, max=1, metavar="X", help="Choose the quickest thresholds that reach it.")
-    ] = None,
-    latency_ms: Annotated[
-        float | None,
-        typer.Option("--latency-ms", metavar="MS", help="Choose the most accurate with such a mean latency."),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(min=1, metavar="N", help="Images per call (default: 1 8 32); thresholds are for the first."),
-    ] = None,
-    threads: Threads = None,
-    shared: Shared = False,
-    limit: Annotated[int, typer.Option(min=20, metavar="N", help="Most held-out images to use.")] = 4000,
-    seconds: Annotated[float, typer.Option(min=0, metavar="S", help="Time for each batch size.")] = 30.0,
-    as_json: Json = False,
-) -> None:
-    """Choose the thresholds of a cascade on held-out images and measure what they give on this machine.
-
-    A cascade answers with the shallowest net and goes deeper only with the images it is unsure of. The curve against
-    every depth alone goes to a page in the bundle, which says where a cascade does not pay. Without --accuracy or
-    --latency-ms thresholds are chosen that are as accurate as the most accurate depth.
-
-      ddnn cascade bundle --data validation/ --accuracy 0.7
-    """
-    if accuracy is not None and latency_ms is not None:
-        raise typer.BadParameter("give --accuracy or --latency-ms, not both")
-    if (data is None) == (run is None):
-        raise typer.BadParameter("give held-out images by --data or by --run")
-    import ddnn
-    from ddnn.runtime import curve as curves
-    from ddnn.runtime import heldout, tuning
-
-    model = ddnn.load(bundle, threads=threads, shared=shared)
-    if data is not None:
-        chosen_on, judged_by = heldout.read(data, model.manifest, limit).halves()
-    else:
-        assert run is not None
-        chosen_on, judged_by = _held_out_of(run, model, limit)
-    with _watched(quiet=as_json) as watch:
-        measured = tuning.measure(
-            model, chosen_on, judged_by, batch or [1, 8, 32], accuracy=accuracy, seconds=seconds, watch=watch
-        )
-    try:
-        unmet = None
-        if accuracy is not None or latency_ms is not None:
-            measured = curves.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
-    except BudgetError as error:  # the curve is worth keeping all the same
-        unmet = error
-    folder = curves.write(measured, model.manifest)
-    files = [folder / curves.NAME, *_drawn(lambda: _page(measured, model.manifest, folder), quiet=as_json)]
-    if as_json:
-        print(json.dumps(asdict(measured), indent=2))
-    else:
-        _print_curve(measured, model.manifest)
-        for path in files:
-            print(path)
-        _warn_if_busy(measured.busy)
-    if unmet is not None:
-        raise unmet
-
-
-def _page(measured: "Curve", manifest: "Manifest", folder: Path) -> list[Path]:
-    from ddnn.runtime.output import write_cascade
-
-    return write_cascade(measured, manifest, folder)
-
-
-def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from ddnn.runtime import sentences, tables
-
-    content = tables.curve_table(measured)
-    table = Table(title=f"held-out images; ms: mean latency of a call; {escape(str(measured.machine))}")
-    for i, heading in enumerate(content.headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for i, row in enumerate(content.rows):
-        if i == len(measured.fixed):
-            table.add_section()
-        table.add_row(escape(row[0].text), *(cell.text for cell in row[1:]), style="bold" if row[0].strong else "")
-    Console(width=None if Console().is_terminal else 160).print(table)
-    print(f"{sentences.headline(measured)}.")
-    for sentence in [text for _, text in sentences.verdicts(measured)] + sentences.reasons(measured, manifest):
-        print(f"- {sentence}.")
-    for last in (sentences.worst(measured), sentences.caveat(measured)):
-        if last:
-            print(f"{last}.")
-    chosen = measured.points[measured.chosen]
-    print(
-        f"Chosen for {measured.wanted}: thresholds {', '.join(map(tables.threshold, chosen.thresholds))}, top-1 "
-        f"{sentences.percent(chosen.accuracy)} on images they were not chosen on."
-    )
-
-
-def _held_out_of(folder: Path, model: "Model", limit: int) -> tuple["HeldOut", "HeldOut"]:
-    """Images to choose thresholds on and to judge them by: validation and test images of a run, or halves of the test.
-
-    Raises `RequestError` where the bundle is of other classes.
-    """
-    from ddnn.cli.run_images import test_and_validation
-
-    return test_and_validation(folder, model.manifest, limit)
-
-
-def _drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
+def drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
     """The files of figures, or none and a remark where what draws them is not installed."""
     from ddnn.extras import advice
 
@@ -366,7 +248,7 @@ def _drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
 
 
 @contextmanager
-def _watched(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+def watched(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Something that shows on a terminal what is going on."""
     from rich.console import Console
 

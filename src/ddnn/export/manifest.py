@@ -15,7 +15,7 @@ from torch import Tensor
 from ddnn.errors import ExportError
 from ddnn.evaluate import macs, parameters
 from ddnn.network import DDNN
-from ddnn.runtime.manifest import NAME, VERSION
+from ddnn.runtime.manifest import NAME, VERSION, checksum
 
 PACKAGES = ("ddnn", "torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "executorch")
 
@@ -76,6 +76,7 @@ def entry(net: DDNN, name: str, graph: str, about: About, size: int) -> dict[str
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Add sizes and checksums of all files in the folder to the manifest, and put it beside them."""
     manifest["files"] = {path.name: _file(path) for path in sorted(folder.iterdir())}
+    manifest["sha256"] = checksum(manifest)
     lines = ",\n".join(f"{json.dumps(key)}: {_block(value)}" for key, value in manifest.items())
     (folder / NAME).write_text("{\n" + lines + "\n}\n", encoding="utf-8")
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,8 @@ LOGITS = "logits"
 MOST_BYTES = 64 * 2**20
 """A larger manifest is not read."""
 
+_FOR_PEOPLE = ("norm", "int8", "versions", "source")
+"""What says where a bundle comes from; nothing here depends on it."""
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -101,6 +103,12 @@ class Manifest:
                 check_file(self.folder / name, file)
 
 
+def checksum(content: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a manifest's content but for the checksum itself, wherever its lines break."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read(folder: Path) -> Manifest:
     """Read and check the manifest of the bundle in `folder`. Raises `BundleError`."""
     path = folder / NAME
@@ -126,9 +134,9 @@ def read(folder: Path) -> Manifest:
             f"{path} is of format {version}, made by a newer ddnn; this one, {__version__}, reads up to {VERSION}: "
             "update ddnn"
         )
-    top.only(
-        ["format", "version", "nets", "input", "classes", "files", "norm", "precision", "int8", "versions", "source"]
-    )  # the last three and norm tell people where it comes from; nothing here depends on them
+    if "sha256" in top.content and top.content["sha256"] != checksum(top.content):
+        raise BundleError(f"{path} is damaged or was changed: its checksum of itself differs; export the bundle again")
+    top.only(["format", "version", "nets", "input", "classes", "files", "precision", "sha256", *_FOR_PEOPLE])
     files = {name: _file(top.section("files"), name) for name in top.section("files").content}
     nets: dict[str, Net] = {}
     for section in top.sections("nets"):
