@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,22 +116,14 @@ def test_a_cascade_starts_where_paths_part(manifest: dict[str, Any]) -> None:
 
 def test_a_part_starts_at_what_the_first_net_on_its_path_made() -> None:
     """c leaves b's path where a has left it long before: at a block that a ran."""
-    net = DDNN({name: nn.Identity() for name in "abc"}, _Table(), "shared", "shared")
+    depths = {"a": (2, 1, 1), "b": (2, 2, 1), "c": (1, 3, 3)}
+    anatomies: Any = {name: SimpleNamespace(depths=kept) for name, kept in depths.items()}
+    net = DDNN({name: nn.Identity() for name in depths}, anatomies, "shared", "shared")
     assert parts(net) == [
         Part("a", None, (Feature("a", 1), Feature("a", 3))),
         Part("b", Feature("a", 3), ()),
         Part("c", Feature("a", 1), ()),
     ]
-
-
-class _Table:
-    """Depths of three nets, of which c leaves the path of the others first."""
-
-    def __init__(self) -> None:
-        self.given = iter([(2, 1, 1), (2, 2, 1), (1, 3, 3)])
-
-    def depths(self, net: nn.Module) -> tuple[int, ...]:
-        return next(self.given)
 
 
 def test_any_number_of_images_runs(folder: Path, net: DDNN) -> None:

@@ -89,16 +89,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 EXAMPLES: dict[str, Preset] = {
-    "regnet-y-400mf": _of("torchvision", half=(1, 2, 3, 3), regnet_y_400mf=(1, 3, 6, 6)),
-    "mobilenet-v2": _of("torchvision", half=(1, 1, 2, 2, 2, 2, 1), mobilenet_v2=(1, 2, 3, 4, 3, 3, 1)),
-    "mobilenet-v3-large": _of("torchvision", half=(1, 1, 2, 2, 1, 2), mobilenet_v3_large=(1, 2, 3, 4, 2, 3)),
-    "vit-b-16": _of("torchvision", half=(6,), vit_b_16=(12,)),
-    "timm-regnety-004": _of("timm", half=(1, 2, 3, 3), regnety_004=(1, 3, 6, 6)),
-    "timm-mobilenetv2-100": _of("timm", half=(1, 1, 2, 2, 2, 2, 1), mobilenetv2_100=(1, 2, 3, 4, 3, 3, 1)),
-    "timm-mobilenetv3-large-100": _of("timm", half=(1, 1, 2, 2, 1, 2, 1), mobilenetv3_large_100=(1, 2, 3, 4, 2, 3, 1)),
-    "timm-vit-tiny": _of("timm", half=(6,), vit_tiny_patch16_224=(12,)),
-    "timm-deit-tiny": _of("timm", half=(6,), deit_tiny_patch16_224=(12,)),
-    "timm-deit-tiny-distilled": _of("timm", half=(6,), deit_tiny_distilled_patch16_224=(12,)),
+    "regnet-y-400mf": _of("torchvision", half_depth=(1, 2, 3, 3), regnet_y_400mf=(1, 3, 6, 6)),
+    "mobilenet-v2": _of("torchvision", half_depth=(1, 1, 2, 2, 2, 2, 1), mobilenet_v2=(1, 2, 3, 4, 3, 3, 1)),
+    "mobilenet-v3-large": _of("torchvision", half_depth=(1, 1, 2, 2, 1, 2), mobilenet_v3_large=(1, 2, 3, 4, 2, 3)),
+    "vit-b-16": _of("torchvision", half_depth=(6,), vit_b_16=(12,)),
+    "timm-regnety-004": _of("timm", half_depth=(1, 2, 3, 3), regnety_004=(1, 3, 6, 6)),
+    "timm-mobilenetv2-100": _of("timm", half_depth=(1, 1, 2, 2, 2, 2, 1), mobilenetv2_100=(1, 2, 3, 4, 3, 3, 1)),
+    "timm-mobilenetv3-large-100": _of(
+        "timm", half_depth=(1, 1, 2, 2, 1, 2, 1), mobilenetv3_large_100=(1, 2, 3, 4, 2, 3, 1)
+    ),
+    "timm-vit-tiny": _of("timm", half_depth=(6,), vit_tiny_patch16_224=(12,)),
+    "timm-deit-tiny": _of("timm", half_depth=(6,), deit_tiny_patch16_224=(12,)),
+    "timm-deit-tiny-distilled": _of("timm", half_depth=(6,), deit_tiny_distilled_patch16_224=(12,)),
 }
 """Families of which the libraries have no two networks that differ in depth alone, each with depths one can choose."""
 
