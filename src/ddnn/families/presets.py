@@ -85,7 +85,6 @@ PRESETS: dict[str, Preset] = {
     "timm-swin-tiny-small": _of("timm", swin_tiny_patch4_window7_224=_SWIN_T, swin_small_patch4_window7_224=_SWIN_S),
     "timm-swinv2-tiny-small": _of("timm", swinv2_tiny_window8_256=_SWIN_T, swinv2_small_window8_256=_SWIN_S),
     "timm-resmlp12-24-36": _of("timm", resmlp_12_224=(12,), resmlp_24_224=(24,), resmlp_36_224=(36,)),
-    "timm-vit-small-12-36": _of("timm", vit_small_patch16_224=(12,), vit_small_patch16_36x1_224=(36,)),
 }
 
 EXAMPLES: dict[str, Preset] = {
