@@ -68,7 +68,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
         return
     for name, result in results.items():
-        Console().print(table(name, result))
+        Console(width=120).print(table(name, result))
 
 
 def of_preset(name: str, folder: Path) -> tuple[DDNN, int]:

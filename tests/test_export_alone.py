@@ -48,7 +48,8 @@ def by_executorch(path: Path, x: torch.Tensor) -> np.ndarray:
     with quiet():
         from executorch.runtime import Runtime
 
-        method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
     return np.concatenate([method.execute([image])[0].numpy().copy() for image in x.split(1)])
 
 

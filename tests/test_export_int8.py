@@ -95,14 +95,15 @@ def test_the_manifest_tells_the_truth(
 
 
 def test_int8_is_near_the_network(net: DDNN, exported: tuple[Path, dict[str, Any]]) -> None:
-    """A wrong sign or scale anywhere makes a difference as large as the spread of the logits."""
+    """A wrong sign or scale anywhere makes a difference about as large as the spread of a class's logits."""
     folder, manifest = exported
     x = coloured(64)
     for entry in manifest["nets"]:
         with torch.no_grad():
             expected = net.nets[entry["name"]](x).numpy()
         got = run(folder / entry["graph"], images=x.numpy())["logits"]
-        assert np.sqrt(np.mean((got - expected) ** 2)) < 0.3 * expected.std()
+        difference = np.sqrt(((got - expected) ** 2).mean(axis=0)) / expected.std(axis=0)
+        assert difference.max() < 0.35
         assert entry["parity"]["max_abs"] > 0
         assert entry["parity"]["tolerance"] is None
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import bundles
 import ddnn
-from ddnn.errors import RequestError
+from ddnn.errors import BundleError, RequestError
 from ddnn.runtime.graphs import externals
 from ddnn.runtime.machine import this_machine
 
@@ -147,6 +147,41 @@ def test_the_shared_copy_is_made_once_and_again_when_damaged(bundle: Path, tmp_p
     (folder / "shared.bin").write_bytes((folder / "shared.bin").read_bytes()[:-100])
     assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
     assert [path.name for path in folder.parent.iterdir()] == ["shared"]  # nothing half-written is left
+
+
+def test_many_may_make_the_shared_copy_at_once(bundle: Path, tmp_path: Path) -> None:
+    """Threads and processes; what a killed one has left is swept."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("machines"))
+    folder = copy / "machines" / this_machine().key
+    left = folder / ".shared.4194305.tmp"  # no process has such a number
+    left.mkdir(parents=True)
+    images = bundles.normalised(3)
+    np.save(tmp_path / "images.npy", images)
+    code = f"""
+import ddnn, numpy
+model = ddnn.load({str(copy)!r}, shared=True)
+print(model(numpy.load({str(tmp_path / "images.npy")!r})).tobytes().hex())
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ddnn.load(copy, shared=True)(images).tobytes().hex(), range(4)))
+    found += [process.communicate()[0].strip() for process in processes]
+    assert len(set(found)) == 1
+    assert [path.name for path in folder.iterdir()] == ["shared"]
+
+
+def test_a_bundle_that_cannot_be_written_to_is_loaded_without_sharing(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("machines"))
+    (copy / "machines").write_text("in the way")
+    with pytest.raises(BundleError, match=r"the shared copy can't be made: cannot write .*; load without shared"):
+        ddnn.load(copy, shared=True)
+    assert ddnn.load(copy)(bundles.normalised(1)).shape == (1, 4)
 
 
 def test_the_shared_copy_belongs_to_its_bundle(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def _write_executorch(net: nn.Module, images: Tensor, path: Path) -> None:
 def _run_executorch(path: Path, images: Tensor) -> Array:
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(path).load_method("forward")
+    program = Runtime.get().load_program(path)  # has to outlive its method
+    method = program.load_method("forward")
     logits: Array = torch.cat([method.execute([image])[0].clone() for image in images.split(1)]).numpy()
     return logits
 

@@ -105,12 +105,13 @@ def fold_norms(model: ir.Model) -> None:
 
 
 def cut(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """The part of a graph that makes the values called `outputs` of those called `inputs`."""
+    """The part of a graph that makes the values called `outputs` of those called `inputs`.
+
+    The number of images, which is read from the images where it is needed, is read from the first input instead.
+    """
     whole = model.graph
-    made = {value.name: value for node in whole for value in node.outputs}
-    given = {value.name: value for value in whole.inputs} | made
-    ends = [given[name] for name in outputs]
-    starts = [given[name] for name in inputs]
+    values = {v.name: v for v in whole.inputs} | {v.name: v for node in whole for v in node.outputs}
+    starts, ends = [values[name] for name in inputs], [values[name] for name in outputs]
     needed: set[ir.Node] = set()
     stack = list(ends)
     while stack:
@@ -132,12 +133,18 @@ def _copied(model: ir.Model, starts: list[ir.Value], ends: list[ir.Value], nodes
     opsets = dict(model.graph.opset_imports)
     new = []
     for i, node in enumerate(nodes):
+        inputs: list[ir.Value | None] = []
         for value in node.inputs:
-            if value is not None and value not in copies:  # else it was made by a node before, or is a tensor
-                copies[value] = _value(value, value.name)
+            if value is not None and value not in copies:  # else it was made by a node before
+                if value.is_graph_input():
+                    assert _reads_number_of_images(node), f"{node.op_type} needs the images, which are not there"
+                    value = starts[0]
+                else:
+                    assert value.const_value is not None
+                    copies[value] = _value(value, value.name)
+            inputs.append(None if value is None else copies[value])
         for k, value in enumerate(node.outputs):
             copies[value] = _value(value, value.name) if value in ends else ir.Value(name=f"{i}.{k}" if k else f"{i}")
-        inputs = [None if value is None else copies[value] for value in node.inputs]
         results = [copies[value] for value in node.outputs]
         new.append(ir.Node(node.domain, node.op_type, inputs, _said(node, opsets), outputs=results, name=f"{i}"))
     graph = ir.Graph(
@@ -149,6 +156,13 @@ def _copied(model: ir.Model, starts: list[ir.Value], ends: list[ir.Value], nodes
         name=model.graph.name,
     )
     return ir.Model(graph, ir_version=model.ir_version, producer_name="ddnn")
+
+
+def _reads_number_of_images(node: ir.Node) -> bool:
+    if node.op_type != "Shape" or "end" not in node.attributes:
+        return False
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    return (start, node.attributes["end"].as_int()) == (0, 1)
 
 
 def _value(value: ir.Value, name: str | None) -> ir.Value:

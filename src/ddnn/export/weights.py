@@ -37,20 +37,22 @@ class Weights:
     def take(self, model: ir.Model, net: str) -> None:
         """Move the tensors of a graph of `net` out of it. In all graphs the same name then means the same tensor."""
         initializers = model.graph.initializers
-        for name, value in list(initializers.items()):
-            tensor = value.const_value
-            assert tensor is not None
-            array = tensor.numpy()
+        values = dict(initializers)
+        initializers.clear()  # first, as a new name may be the old name of another tensor
+        for number, (name, value) in enumerate(values.items()):
+            assert value.const_value is not None
+            array = value.const_value.numpy()
             if array.size <= 1 or (array.dtype == np.int64 and array.nbytes <= SMALL):
+                value.name = f"#{number}"  # no module can be called so
+                initializers[value.name] = value
                 continue
             place = self._place(array, name, net)
-            del initializers[name]
             if place.name in initializers:
                 ir.convenience.replace_all_uses_with(value, initializers[place.name])
                 continue
             value.name = place.name
             value.const_value = ir.ExternalTensor(
-                NAME, place.offset, place.length, tensor.dtype, shape=ir.Shape(array.shape), name=place.name
+                NAME, place.offset, place.length, value.const_value.dtype, shape=ir.Shape(array.shape), name=place.name
             )
             initializers[place.name] = value
 

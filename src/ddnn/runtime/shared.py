@@ -12,8 +12,8 @@ processes map that file into memory. Such graphs run on the kind of machine they
 
 import hashlib
 import json
-import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ddnn.errors import BundleError
+from ddnn.errors import BundleError, ExportError
+from ddnn.files import new_folder
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import File, Manifest, check_file
 from ddnn.runtime.sessions import options
@@ -34,6 +35,8 @@ INDEX, WEIGHTS = "shared.json", "shared.bin"
 _SMALL = 256
 """Bytes up to which a tensor stays in its graph."""
 _PAGE = 4096
+_ONE_AT_A_TIME = threading.Lock()
+"""Within this process; others that make the same copy at the same time find out when it takes its place."""
 
 
 class Shared:
@@ -50,12 +53,13 @@ class Shared:
 
         Raises `BundleError` where it can't be made.
         """
-        index = _read(manifest, folder)
-        if index is None:
-            _make(manifest, folder)
+        with _ONE_AT_A_TIME:
             index = _read(manifest, folder)
             if index is None:
-                raise BundleError(f"the shared copy {folder} is damaged as soon as it is written; load without shared")
+                _make(manifest, folder)
+                index = _read(manifest, folder)
+        if index is None:
+            raise BundleError(f"the shared copy {folder} is damaged as soon as it is written; load without shared")
         return cls(folder, index)
 
     def locate(self, graph: str) -> tuple[Path, dict[str, npt.NDArray[np.generic]]]:
@@ -86,44 +90,44 @@ def _checksum(index: Mapping[str, Any]) -> str:
 
 
 def _make(manifest: Manifest, folder: Path) -> None:
-    """Lay out all graphs beside the folder, then let it take its place, so that it is there whole or not at all."""
-    from ddnn.runtime.graphs import externals  # protobuf takes a while to load
-
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    """Lay out all graphs; the folder is there whole or not at all."""
     graphs = [net.graph for net in manifest.nets.values()]
     graphs += [net.cascade.graph for net in manifest.nets.values() if net.cascade]
     try:
-        beside.mkdir(parents=True)
-        index: dict[str, Any] = {"bundle": manifest.digest, "graphs": {}}
-        places: dict[bytes, int] = {}
-        with (beside / WEIGHTS).open("wb") as weights:
-            for graph in graphs:
-                apart = beside / "apart"
-                apart.mkdir()
-                _lay_out(manifest.folder / graph, apart / graph)
-                index["graphs"][graph] = {
-                    tensor.name: (_place(tensor, apart, weights, places), tensor.length, tensor.kind, tensor.shape)
-                    for tensor in externals((apart / graph).read_bytes())
-                }
-                (apart / graph).replace(beside / graph)
-                shutil.rmtree(apart)
-            weights.flush()
-            os.fsync(weights.fileno())
-        index["files"] = {name: _about(beside / name) for name in [WEIGHTS, *graphs]}
-        checksum = _checksum(json.loads(json.dumps(index)))  # as it will be read: no tuples
-        (beside / INDEX).write_text(json.dumps({**index, "sha256": checksum}), encoding="utf-8")
-        if folder.exists():  # of an older bundle, or damaged
-            shutil.rmtree(folder)
-        try:
-            beside.replace(folder)
-        except OSError:
-            if _read(manifest, folder) is None:  # else another process was quicker
-                raise
+        if folder.exists():
+            if _read(manifest, folder) is not None:  # another process was quicker
+                return
+            shutil.rmtree(folder)  # of an older bundle, or damaged
+        with new_folder(folder) as beside:
+            _fill(manifest, graphs, beside)
+    except ExportError as error:
+        if _read(manifest, folder) is None:  # see above
+            raise BundleError(f"the shared copy can't be made: {error}; load without shared") from None
     except OSError as error:
-        raise BundleError(f"cannot write the shared copy {folder}: {error.strerror}; load without shared") from None
+        raise BundleError(f"the shared copy can't be made: cannot remove {folder}: {error.strerror}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
         give_back()
+
+
+def _fill(manifest: Manifest, graphs: list[str], folder: Path) -> None:
+    from ddnn.runtime.graphs import externals  # protobuf takes a while to load
+
+    index: dict[str, Any] = {"bundle": manifest.digest, "graphs": {}}
+    places: dict[bytes, int] = {}
+    with (folder / WEIGHTS).open("wb") as weights:
+        for graph in graphs:
+            apart = folder / "apart"
+            apart.mkdir()
+            _lay_out(manifest.folder / graph, apart / graph)
+            index["graphs"][graph] = {
+                tensor.name: (_place(tensor, apart, weights, places), tensor.length, tensor.kind, tensor.shape)
+                for tensor in externals((apart / graph).read_bytes())
+            }
+            (apart / graph).replace(folder / graph)
+            shutil.rmtree(apart)
+    index["files"] = {name: _about(folder / name) for name in [WEIGHTS, *graphs]}
+    checksum = _checksum(json.loads(json.dumps(index)))  # as it will be read: no tuples
+    (folder / INDEX).write_text(json.dumps({**index, "sha256": checksum}), encoding="utf-8")
 
 
 def _lay_out(graph: Path, out: Path) -> None:
