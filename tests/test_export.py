@@ -117,13 +117,23 @@ def test_a_cascade_starts_where_paths_part(manifest: dict[str, Any]) -> None:
 def test_a_part_starts_at_what_the_first_net_on_its_path_made() -> None:
     """c leaves b's path where a has left it long before: at a block that a ran."""
     depths = {"a": (2, 1, 1), "b": (2, 2, 1), "c": (1, 3, 3)}
-    anatomies: Any = {name: SimpleNamespace(depths=kept) for name, kept in depths.items()}
+    divisible = SimpleNamespace(whole=None)
+    anatomies: Any = {name: SimpleNamespace(depths=kept, family=divisible) for name, kept in depths.items()}
     net = DDNN({name: nn.Identity() for name in depths}, anatomies, "shared", "shared")
     assert parts(net) == [
         Part("a", None, (Feature("a", 1), Feature("a", 3))),
         Part("b", Feature("a", 3), ()),
         Part("c", Feature("a", 1), ()),
     ]
+
+
+def test_nets_that_share_no_work_run_from_the_images(tmp_path: Path) -> None:
+    net = small()
+    for name, one in net.nets.items():
+        net.anatomies[name] = net.anatomies[name].as_if(one, whole="for this test")
+    assert parts(net) == [Part(name, None, ()) for name in net.depths]
+    export_bundle(net, tmp_path / "bundle", images(), ABOUT)
+    holds(tmp_path / "bundle", net, images().shape[-1])
 
 
 def test_any_number_of_images_runs(folder: Path, net: DDNN) -> None:

@@ -34,6 +34,8 @@ class Part(NamedTuple):
 def parts(net: DDNN) -> list[Part]:
     """The parts of all nets, shallow to deep. Each block of the tree is in one of them."""
     names = list(net.depths)
+    if net.whole:  # they share weights but no work
+        return [Part(name, None, ()) for name in names]
     starts: dict[str, Feature | None] = {names[0]: None}
     for k, name in enumerate(names[1:], 1):
         common = [agreement(net.depths[name], net.depths[other]) for other in names[:k]]
@@ -59,6 +61,8 @@ class Route(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run the path from the images."""
+        if self._net[0].whole:
+            return (self.own(images),)
         return self.go_on(self._net[0].stem(images), 0)
 
     def go_on(self, feature: Tensor, done: int) -> tuple[Tensor, ...]:
