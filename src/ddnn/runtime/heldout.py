@@ -37,7 +37,9 @@ class HeldOut:
     def halves(self) -> tuple["HeldOut", "HeldOut"]:
         """Two halves at random, the same at every call."""
         order = np.random.default_rng(0).permutation(len(self))
-        first, second = (HeldOut(self.pixels[i], self.labels[i], self.about) for i in (order[::2], order[1::2]))
+        first, second = (
+            HeldOut(self.pixels[i], self.labels[i], f"half of {self.about}") for i in (order[::2], order[1::2])
+        )
         return first, second
 
 

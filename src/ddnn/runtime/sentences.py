@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Manifest
 
@@ -113,8 +114,11 @@ def reasons(curve: Curve, manifest: Manifest) -> list[str]:
         )
     each = match(curve, depth, batch)
     point = each.point or max(curve.points, key=lambda other: other.accuracy)
-    if (on := 1 - point.share[0]) > 0.3:
-        found.append(f"Many images are unsure: to be as accurate as that, {on:.0%} of them go on beyond {first}")
+    asked = next((k for k, threshold in enumerate(point.thresholds) if threshold < NEVER), len(curve.nets) - 1)
+    if asked < len(curve.nets) - 1 and (on := 1 - point.share[asked]) > 0.3:
+        found.append(
+            f"Many images are unsure: to be as accurate as that, {on:.0%} of them go on beyond {curve.nets[asked]}"
+        )
     for size in curve.batches:
         by_time, by_macs = match(curve, depth, size).ratio, point.macs / depth.macs
         if by_time > by_macs + 0.1 and match(curve, depth, size).point is not None:
