@@ -11,24 +11,15 @@ import torch
 from huggingface_hub import ModelCard
 
 import ddnn
-from conftest import TINY, Quiet
-from ddnn import cli, recipe
+from ddnn import cli
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import HubError
 from ddnn.families.cifar_resnet import resnet
 from ddnn.hub import Network, load_config, save_run, upload
 from ddnn.network import DDNN, nest
 from ddnn.trained import load_trained
-from ddnn.trainer import train
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", recipe.load("digits", TINY))
-    train(run, Quiet())
-    return run
 
 
 def make() -> DDNN:

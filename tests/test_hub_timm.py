@@ -43,8 +43,8 @@ def make(preset: str, **more: tuple[int, ...]) -> DDNN:
     ("preset", "name", "architecture"),
     [
         ("resnet18-34", "resnet18", None),
-        ("resnet18-34", "resnet34", None),
-        ("resnet26-50", "resnet26", None),
+        pytest.param("resnet18-34", "resnet34", None, marks=pytest.mark.slow),
+        pytest.param("resnet26-50", "resnet26", None, marks=pytest.mark.slow),
         ("resnet18-34", "odd", "resnet18"),
     ],
 )
