@@ -22,9 +22,9 @@ from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side
 from ddnn.families.cifar_resnet import resnet
+from ddnn.figure import SETTINGS, new_figure
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
-from ddnn.report.style import SETTINGS, new_figure
 
 Depths = tuple[int, int, int]
 

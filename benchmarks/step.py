@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side
-from ddnn.families import FULL_NETS, PRESETS, build
+from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -67,12 +67,15 @@ def main() -> None:
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--seconds", type=float, default=25.0, help="to measure one preset for (default: 25)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave compilation out, which takes minutes for deep nets"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     results = {
-        name: measure(name, device, arguments.precision == "bf16", arguments.seconds)
+        name: measure(name, device, arguments.precision == "bf16", arguments.seconds, not arguments.no_compile)
         for name in ([arguments.preset] if arguments.preset else CASES)
     }
     where = machine(device, arguments.precision)
@@ -84,7 +87,7 @@ def main() -> None:
     for name in results:
         table.add_column(name, justify="right")
     for figure in next(iter(results.values())):
-        table.add_row(figure, *(f"{row[figure]:.3f}" for row in results.values()))
+        table.add_row(figure, *("-" if row[figure] is None else f"{row[figure]:.3f}" for row in results.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -109,7 +112,9 @@ def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
     return step
 
 
-def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> dict[str, float]:
+def measure(
+    preset: str, device: torch.device, bf16: bool, seconds: float, compiling: bool = True
+) -> dict[str, float | None]:
     case = CASES[preset]
     torch.manual_seed(0)
     full_net, table = build(preset, CLASSES)
@@ -146,11 +151,12 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
         "joint": stepping(copy.deepcopy(net), plain(joint)),
         "loop": stepping(copy.deepcopy(net), loop),
         "lean": stepping(copy.deepcopy(net), lean),
-        "compiled": stepping(compiled, plain(ekd, torch.compile(compiled))),
         **{f"alone {name}": stepping(one, plain(ekd)) for name, one in alone.items()},
     }
-    for _ in range(3):
-        calls["compiled"]()
+    if compiling:
+        calls["compiled"] = stepping(compiled, plain(ekd, torch.compile(compiled)))
+        for _ in range(3):
+            calls["compiled"]()
     before = counters["stats"]["unique_graphs"]
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))
@@ -165,8 +171,8 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
         / peak_bytes(alone[net.full_name], calls[f"alone {net.full_name}"], device),
         "lean_time": times["lean"] / times["ekd"],
         "subnet_over_library": subnet_over_library(preset, net, case.size, device),
-        "compiled_over_eager": times["compiled"] / times["ekd"],
-        "recompiles": counters["stats"]["unique_graphs"] - before,
+        "compiled_over_eager": times["compiled"] / times["ekd"] if compiling else None,
+        "recompiles": counters["stats"]["unique_graphs"] - before if compiling else None,
     }
 
 
@@ -220,7 +226,7 @@ def library(preset: str, name: str) -> nn.Module:
     if hasattr(torchvision.models, name):
         one: nn.Module = getattr(torchvision.models, name)(num_classes=CLASSES)
         return one
-    return FULL_NETS[f"torchvision/{name}"](num_classes=CLASSES, width=None)
+    return build(f"torchvision/{name}", CLASSES)[0]
 
 
 def processor() -> str:

@@ -52,8 +52,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_methods_differ_in_nothing_but_what_they_say() -> None:
-    base = tiny_recipe("train.seed=5").model_dump()
-    jobs = {job.name: job for job in plan(tiny_recipe("train.seed=5"), METHODS, 2, NETS)}
+    recipe = tiny_recipe("train.seed=5", "objective.ramp=[0.2,0.6]")
+    base = recipe.model_dump()
+    jobs = {job.name: job for job in plan(recipe, METHODS, 2, NETS)}
     assert len(jobs) == 2 * (5 + 2 * 3)
     changes = {}
     for name, job in jobs.items():
@@ -74,9 +75,11 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
         "objective.labels": "full-net",
         "objective.attention": 0.0,
         "objective.temperature": 1.0,
+        "objective.ramp": (0.0, 0.0),
     }
     assert changes["two-model-kd-resnet14-seed0"] == {
         "network.alone": "resnet14",
+        "objective.ramp": (0.0, 0.0),
         "objective.teacher": Path("../alone-resnet20-seed0"),  # wherever the comparison is moved
     }
 

@@ -16,6 +16,8 @@ ORDER = [
     "errors",
     "extras",
     "files",
+    "figure",
+    "page",
     "picture",
     "runtime",
     "recipe",
@@ -37,6 +39,7 @@ ORDER = [
     "state",
     "checkpoint",
     "trained",
+    "export",
     "trainer",
     "compare",
     "report",
@@ -75,6 +78,18 @@ def test_importing_ddnn_is_light() -> None:
     code = "import ddnn, sys; print(any(m in sys.modules for m in ('torch', 'numpy', 'pydantic')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_asking_for_help_is_light() -> None:
+    code = (
+        "import sys; from ddnn import cli; sys.argv = ['ddnn', 'predict', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(any(m in sys.modules for m in ('torch', 'numpy', 'onnxruntime', 'PIL', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--latency-ms" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_a_ddnn_can_be_pickled_by_its_owner() -> None:

@@ -5,6 +5,11 @@
 >>> terms = ddnn.EKD()(outputs, target)        # name of a term -> scalar
 >>> sum(terms.values()).backward()
 >>> net.subnet("resnet18")                     # an ordinary torchvision ResNet-18
+
+and on a device, without torch:
+
+>>> model = ddnn.load("bundle")
+>>> logits = model(images, depth="resnet18")
 """
 
 from importlib import import_module
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from ddnn.hub.remote import push_to_hub
     from ddnn.network import DDNN, Output, nest, recalibrate
     from ddnn.objective import EKD
+    from ddnn.runtime import load
 
 # Loaded when first used, so that `import ddnn` costs nothing and needs no torch.
 _HOME = {
@@ -30,6 +36,7 @@ _HOME = {
     "Family": "ddnn.families.family",
     "Output": "ddnn.network",
     "from_pretrained": "ddnn.hub.folder",
+    "load": "ddnn.runtime",
     "nest": "ddnn.network",
     "push_to_hub": "ddnn.hub.remote",
     "recalibrate": "ddnn.network",
@@ -45,6 +52,7 @@ __all__ = [
     "Output",
     "__version__",
     "from_pretrained",
+    "load",
     "nest",
     "push_to_hub",
     "recalibrate",

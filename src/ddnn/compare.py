@@ -69,7 +69,11 @@ def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     teacher = f"alone-{nets[-1]}-seed{seed}"
-    objective = {"teacher": Path("..") / teacher, "subnet_weight": 1.0}  # seen from its own run folder
+    objective = {
+        "teacher": Path("..") / teacher,
+        "subnet_weight": 1.0,
+        "ramp": (0.0, 0.0),
+    }  # seen from its own run folder
     return [(f"-{net}", _changed(recipe, network={"alone": net}, objective=objective), teacher) for net in nets]
 
 
@@ -80,15 +84,16 @@ METHODS: dict[str, Method] = {
     "kl": _joint(attention=0.0),
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,
-    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0),
+    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
 }
 """What each method makes of the recipe.
 
 `ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
 `kl` and `attention` leave one of the two terms of distillation; `two-model-kd` trains every depth with the full-net
-of `alone` as its teacher, by the same terms; `adaptive-depth` has the objective of adaptive-depth networks (NeurIPS
-2024): the full-net learns from labels, sub-nets from its posteriors only, at temperature 1. There only the smallest
-sub-net is trained; here every sub-net is, since each has norms of its own.
+of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `adaptive-depth`
+has the objective of adaptive-depth networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its
+posteriors only, at temperature 1. There only the smallest sub-net is trained; here every sub-net is, since each has
+norms of its own.
 """
 
 

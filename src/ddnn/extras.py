@@ -17,6 +17,8 @@ PACKAGES = {
     "examples": ("accelerate", "lightning", "transformers"),
     "export": ("onnx", "onnx_ir", "onnxscript"),
     "runtime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
     "figures": ("jinja2", "markupsafe", "matplotlib"),
 }
 """Import names by extra."""

@@ -18,6 +18,7 @@ from ddnn.errors import RecipeError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
@@ -86,8 +87,7 @@ class Network(Section):
     """A preset (`ddnn recipes --presets` lists them), or a full-net as `cifar/resnet20`, `torchvision/NAME`,
     `timm/NAME`."""
     subnets: dict[str, Depths | dict[str, Count]] | None = None
-    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table.
-    `ddnn suggest` proposes some."""
+    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table."""
     stages: tuple[str, ...] | None = None
     """Names of the stages, such as `["layer1", "blocks[0:4]"]`, where a network's own division does not suit."""
     options: dict[str, Option] = {}
@@ -138,10 +138,22 @@ class Objective(Section):
     """w_k: weight of all terms of a sub-net, one number for all or one by name; the full-net's weight is 1."""
     labels: Literal["all", "full-net"] = "all"
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
+    ramp: tuple[Share, Share] = (0.0, 0.0)
+    """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between."""
     teacher: Path | None = None
     """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Self:
+        if self.ramp[0] > self.ramp[1]:
+            raise ValueError(
+                f"ramp={list(self.ramp)} ends before it begins; the second share must not be below the first"
+            )
+        if self.ramp[1] > 0 and self.labels == "full-net":
+            raise ValueError("ramp leaves sub-nets without labels nothing to learn from at first; set ramp=[0, 0]")
+        return self
 
 
 class Optim(Section):

@@ -116,6 +116,11 @@ class State:
         )
 
     @property
+    def objective_now(self) -> EKD:
+        """The objective at this point of the run."""
+        return self.objective.at(self.step / (self.recipe.train.epochs * self.steps_per_epoch))
+
+    @property
     def kept_net(self) -> DDNN:
         """What is evaluated and kept: the moving average where there is one."""
         net = self.net if self.ema is None else self.ema.module

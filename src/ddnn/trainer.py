@@ -62,12 +62,12 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
-    keep_freed_memory()
     dataset = load_data(recipe)
     check_same_data(run, dataset)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)
+    keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = run.load_checkpoint()
     network = recipe.network if kept is None else recipe.network.unweighted()
     state = State.fresh(recipe, build(network, len(dataset.classes), dataset.image_size), steps, device)
@@ -153,7 +153,7 @@ def _backward(
     with state.autocast():
         outputs = state.forward(images)
         teacher = state.taught(images)
-    terms = state.objective(outputs, target, teacher)
+    terms = state.objective_now(outputs, target, teacher)
     (share * torch.stack(list(terms.values())).sum()).backward()
     return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
 
@@ -165,7 +165,7 @@ def _lean_backward(
     with state.autocast():
         teacher = state.taught(images)
     return branchwise_backward(
-        state.net, state.objective, images, target, teacher, scale=share, autocast=state.autocast
+        state.net, state.objective_now, images, target, teacher, scale=share, autocast=state.autocast
     )
 
 

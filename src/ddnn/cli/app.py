@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ddnn.errors import BudgetError, BundleError, DDNNError, HubError, RunError
+from ddnn.errors import BudgetError, BundleError, DDNNError, ExportError, HubError, RunError
 from ddnn.extras import advice
 from ddnn.version import __version__
 
@@ -40,7 +40,8 @@ def main() -> None:
         app()
     except DDNNError as error:
         typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1 if isinstance(error, RunError | BundleError | BudgetError | HubError) else 2) from None
+        failed = isinstance(error, RunError | ExportError | BundleError | BudgetError | HubError)
+        raise SystemExit(1 if failed else 2) from None
     except ModuleNotFoundError as error:
         if (sentence := advice(error)) is None:
             raise

@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from statistics import median_low
+from typing import Self
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ class Images:
         """One image in RGB. Raises `UnreadableError`."""
         raise NotImplementedError
 
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Held(Images):
@@ -46,6 +51,10 @@ class Held(Images):
     def picture(self, index: int) -> Image.Image:
         """One image in RGB, S x S."""
         return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        return replace(self, labels=self.labels[which], pixels=self.pixels[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +72,10 @@ class Stored(Images):
     def picture(self, index: int) -> Image.Image:
         """One image in RGB, as large as it is stored. Raises `UnreadableError`."""
         return decode.rgb(self.files.reader, int(self.files.index[index]))
+
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        return replace(self, labels=self.labels[which], files=self.files.take(which))
 
     def skip(self, index: int, reason: str) -> None:
         """Report an image that could not be read. Raises `DataError` once there are too many."""

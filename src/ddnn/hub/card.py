@@ -12,9 +12,9 @@ from ddnn.files import write_atomic
 from ddnn.hub.config import Preprocessing
 from ddnn.hub.evidence import Evidence
 from ddnn.network import DDNN
+from ddnn.page import Cell, Table
 from ddnn.report import sentences, tables
 from ddnn.report.summary import summary_of
-from ddnn.report.tables import Cell, Table
 from ddnn.version import __version__
 
 if TYPE_CHECKING:

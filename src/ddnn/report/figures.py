@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ddnn.figure import legend, name_nets, new_figure
 from ddnn.report.sentences import HERO, TIMES
-from ddnn.report.style import label_rows, legend, line, name_nets, new_figure, panels_of, style
+from ddnn.report.style import label_rows, line, panels_of, style
 from ddnn.report.summary import BASELINE, COSTS, Summary, label
 
 if TYPE_CHECKING:

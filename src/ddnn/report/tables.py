@@ -1,31 +1,14 @@
 """The numbers of a comparison in tables, the same for Markdown and HTML."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ddnn.page import Cell, Table
 from ddnn.report import sentences
 from ddnn.report.sentences import TIMES, percent, points
 from ddnn.report.summary import COSTS, Row, Summary, label, summarise
 
 NOTHING = "\N{EM DASH}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: the number, what belongs to it, and whether to stress it."""
-
-    text: str
-    detail: str = ""
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings, and rows whose first cell names them."""
-
-    headings: list[str]
-    rows: list[list[Cell]]
 
 
 def accuracy_table(summary: Summary) -> Table:
