@@ -77,6 +77,24 @@ def test_a_subnet_of_torchvision_loads_torchvisions_way_and_timms(tmp_path: Path
         assert torch.equal(plain.eval()(x), net(x)["resnet18"].logits)
 
 
+def test_timm_takes_it_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache on the disk, as it is after a download."""
+    net = make("resnet18-34", odd=(1, 2, 1, 1))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place, commit = tmp_path / "models--someone--odd", "0123456789abcdef0123456789abcdef01234567"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    save_for_timm(net, "odd", place / "snapshots" / commit, architecture="resnet18", repo_id="someone/odd")
+    theirs = timm.create_model("hf-hub:someone/odd", pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(theirs(x), net(x)["odd"].logits)
+    assert (
+        'timm.create_model("hf-hub:someone/odd", pretrained=True)'
+        in (place / "snapshots" / commit / "README.md").read_text()
+    )
+
+
 def test_a_network_timm_does_not_have_is_named(tmp_path: Path) -> None:
     net = make("cifar-resnet8-14-20")
     with pytest.raises(HubError, match="timm has no network 'resnet8'; give the name of one that is the same"):
