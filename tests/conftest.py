@@ -64,14 +64,28 @@ def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.fixture(autouse=True)
-def _no_long_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+def _measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency and step cost are measured for real, but not for seconds."""
     step_cost, latency_ms = trainer.step_cost, trainer.evaluate.__globals__["latency_ms"]
     monkeypatch.setattr(trainer, "step_cost", lambda *a, **k: step_cost(*a, **{**k, "budget_s": 0.0}))
     side_by_side = latency_ms.__globals__["side_by_side"]
     quick = lambda calls, device, budget_s, warmup=3: side_by_side(calls, device, 0.0, 1)  # noqa: E731
     monkeypatch.setitem(latency_ms.__globals__, "side_by_side", quick)
+
+
+@pytest.fixture(autouse=True)
+def _no_long_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    _measure_briefly(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished training of a second; to be read and not to be changed."""
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", recipe.load("digits", TINY))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _measure_briefly(monkeypatch)
+        trainer.train(run, Quiet())
+    return run
 
 
 @pytest.fixture

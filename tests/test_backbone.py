@@ -16,7 +16,14 @@ from ddnn.errors import NestingError
 from ddnn.families import EXAMPLES, PRESETS, build
 from ddnn.network import DDNN
 
-SOME = ["cifar-resnet8-14-20", "resnet18-34-50-basic", "resnet26-50", "resnet50-101"]
+SOME = [
+    "cifar-resnet8-14-20",
+    "resnet18-34",
+    *(
+        pytest.param(preset, marks=pytest.mark.slow)
+        for preset in ("resnet26-50", "resnet50-101", "resnet18-34-50-basic")
+    ),
+]
 
 
 def make(preset: str = "cifar-resnet8-14-20", norm: str = "private") -> DDNN:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ddnn
-from conftest import TINY, Quiet
-from ddnn import recipe
+from conftest import Quiet
 from ddnn.checkpoint import RunFolder, distinct
 from ddnn.errors import HubError
 from ddnn.evaluate import parameters
@@ -32,13 +32,6 @@ from ddnn.trainer import train
 TABLE = {"resnet8": (1, 1, 1), "resnet14": (2, 2, 2)}
 POLICIES = [(norm, head) for norm in ("private", "shared", "recalibrated") for head in ("shared", "private")]
 PICTURES = Preprocessing(size=16, resize=18, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", recipe.load("digits", TINY))
-    train(run, Quiet())
-    return run
 
 
 def make(norm: str = "private", head: str = "shared", **names: Any) -> DDNN:
@@ -280,8 +273,6 @@ def test_the_card_quotes_the_comparison(finished: RunFolder, tmp_path: Path) -> 
 
 
 def test_a_run_inside_a_comparison_finds_it(finished: RunFolder, tmp_path: Path) -> None:
-    import shutil
-
     comparison_of(finished, tmp_path / "fair")
     shutil.copytree(finished.path, tmp_path / "fair" / "runs" / "ekd-seed0")
     save_run(RunFolder.open(tmp_path / "fair" / "runs" / "ekd-seed0"), tmp_path / "model")
@@ -357,6 +348,13 @@ def test_a_card_without_evidence_claims_none(tmp_path: Path) -> None:
 # -- what can be wrong with a folder ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save(make(), folder)
+    return folder
+
+
 class Payload:
     """Would leave a trace if it were unpickled."""
 
@@ -429,10 +427,10 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_a_spoilt_folder_is_named_in_one_sentence(
-    spoil: Callable[[Path], None], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spoil: Callable[[Path], None], sentence: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save(make(), tmp_path / "model")
+    shutil.copytree(saved, tmp_path / "model")
     spoil(tmp_path / "model")
     with pytest.raises(HubError, match=sentence) as caught:
         ddnn.from_pretrained(tmp_path / "model")

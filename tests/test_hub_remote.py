@@ -1,7 +1,6 @@
 """What goes to the hub and comes from it, without a network: a stand-in for its API, and its own cache on the disk."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,15 @@ import torch
 from huggingface_hub import ModelCard
 
 import ddnn
-from conftest import TINY, Quiet
-from ddnn import cli, recipe
+from ddnn import from_pretrained
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import HubError
 from ddnn.families.cifar_resnet import resnet
 from ddnn.hub import Network, load_config, save_run, upload
 from ddnn.network import DDNN, nest
 from ddnn.trained import load_trained
-from ddnn.trainer import train
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "run", recipe.load("digits", TINY))
-    train(run, Quiet())
-    return run
 
 
 def make() -> DDNN:
@@ -146,34 +136,19 @@ def test_refusals_end_in_a_sentence(hub: Hub, finished: RunFolder, tmp_path: Pat
 # -- the verbs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ddnn", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        return code, printed.out, printed.err
-
-    return call
-
-
 def test_hub_writes_and_push_sends(
-    run_ddnn: Callable[..., tuple[int, str, str]], hub: Hub, finished: RunFolder, tmp_path: Path
+    ddnn: Callable[..., tuple[int, str, str]], hub: Hub, finished: RunFolder, tmp_path: Path
 ) -> None:
     out = tmp_path / "model"
-    code, printed, _ = run_ddnn("hub", finished.path, "-o", out, "--license", "apache-2.0")
+    code, printed, _ = ddnn("hub", finished.path, "-o", out, "--license", "apache-2.0")
     assert code == 0
     assert "README.md, config.json, model.safetensors" in printed
     x = torch.randn(2, 3, 8, 8)
-    net, again = load_trained(finished)[0], ddnn.from_pretrained(out)
+    net, again = load_trained(finished)[0], from_pretrained(out)
     assert all(torch.equal(o.logits, again(x)[name].logits) for name, o in net(x).items())
 
     for source, name in ((finished.path, "someone/a"), (out, "someone/b")):
-        code, printed, _ = run_ddnn("push", source, name, "--private")
+        code, printed, _ = ddnn("push", source, name, "--private")
         assert (code, printed.strip()) == (0, f"https://huggingface.co/{name}")
         assert hub.repositories[name]["private"] is True
     a, b = (hub.repositories[name]["files"] for name in ("someone/a", "someone/b"))
@@ -191,13 +166,13 @@ def test_hub_writes_and_push_sends(
     ],
 )
 def test_mistakes_end_in_a_sentence(
-    run_ddnn: Callable[..., tuple[int, str, str]],
+    ddnn: Callable[..., tuple[int, str, str]],
     finished: RunFolder,
     arguments: tuple[str, ...],
     code: int,
     sentence: str,
 ) -> None:
-    got, _, err = run_ddnn(*(finished.path if a == "RUN" else a for a in arguments))
+    got, _, err = ddnn(*(finished.path if a == "RUN" else a for a in arguments))
     assert got == code
     assert sentence in err
     assert "Traceback" not in err

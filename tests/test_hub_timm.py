@@ -43,8 +43,8 @@ def make(preset: str, **more: tuple[int, ...]) -> DDNN:
     ("preset", "name", "architecture"),
     [
         ("resnet18-34", "resnet18", None),
-        ("resnet18-34", "resnet34", None),
-        ("resnet26-50", "resnet26", None),
+        pytest.param("resnet18-34", "resnet34", None, marks=pytest.mark.slow),
+        pytest.param("resnet26-50", "resnet26", None, marks=pytest.mark.slow),
         ("resnet18-34", "odd", "resnet18"),
     ],
 )
@@ -75,6 +75,24 @@ def test_a_subnet_of_torchvision_loads_torchvisions_way_and_timms(tmp_path: Path
     for plain in (torchvision.models.resnet18(num_classes=5), timm.create_model("resnet18", num_classes=5)):
         plain.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
         assert torch.equal(plain.eval()(x), net(x)["resnet18"].logits)
+
+
+def test_timm_takes_it_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache on the disk, as it is after a download."""
+    net = make("resnet18-34", odd=(1, 2, 1, 1))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place, commit = tmp_path / "models--someone--odd", "0123456789abcdef0123456789abcdef01234567"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    save_for_timm(net, "odd", place / "snapshots" / commit, architecture="resnet18", repo_id="someone/odd")
+    theirs = timm.create_model("hf-hub:someone/odd", pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(theirs(x), net(x)["odd"].logits)
+    assert (
+        'timm.create_model("hf-hub:someone/odd", pretrained=True)'
+        in (place / "snapshots" / commit / "README.md").read_text()
+    )
 
 
 def test_a_network_timm_does_not_have_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 config.py     config.json
 folder.py     `save_pretrained`, `from_pretrained`
 remote.py     the hub itself: download, `push_to_hub`
+evidence.py   what was measured, from a run and its comparison
 card.py       the model card
 finished.py   a finished run as such a folder
 plain.py      one sub-net as an ordinary network that timm loads
