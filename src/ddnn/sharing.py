@@ -72,8 +72,10 @@ def nested(
 
     def part(module: str) -> None:
         """Give the sub-net norms of its own in there, as the policy says."""
-        if norm == "shared":
+        if norm == "shared" and anatomy.family.fit is None:
             share(module)
+        elif norm == "shared":  # layer by layer, as a sub-net may need some of them narrower
+            memo.update((id(m), m) for m in full.get_submodule(module).modules() if next(m.children(), None) is None)
         elif norm == "private":
             for layer in filter(is_norm, full.get_submodule(module).modules()):
                 for parameter in layer.parameters(recurse=False):

@@ -85,20 +85,21 @@ PRESETS: dict[str, Preset] = {
     "timm-swin-tiny-small": _of("timm", swin_tiny_patch4_window7_224=_SWIN_T, swin_small_patch4_window7_224=_SWIN_S),
     "timm-swinv2-tiny-small": _of("timm", swinv2_tiny_window8_256=_SWIN_T, swinv2_small_window8_256=_SWIN_S),
     "timm-resmlp12-24-36": _of("timm", resmlp_12_224=(12,), resmlp_24_224=(24,), resmlp_36_224=(36,)),
-    "timm-vit-small-12-36": _of("timm", vit_small_patch16_224=(12,), vit_small_patch16_36x1_224=(36,)),
 }
 
 EXAMPLES: dict[str, Preset] = {
-    "regnet-y-400mf": _of("torchvision", half=(1, 2, 3, 3), regnet_y_400mf=(1, 3, 6, 6)),
-    "mobilenet-v2": _of("torchvision", half=(1, 1, 2, 2, 2, 2, 1), mobilenet_v2=(1, 2, 3, 4, 3, 3, 1)),
-    "mobilenet-v3-large": _of("torchvision", half=(1, 1, 2, 2, 1, 2), mobilenet_v3_large=(1, 2, 3, 4, 2, 3)),
-    "vit-b-16": _of("torchvision", half=(6,), vit_b_16=(12,)),
-    "timm-regnety-004": _of("timm", half=(1, 2, 3, 3), regnety_004=(1, 3, 6, 6)),
-    "timm-mobilenetv2-100": _of("timm", half=(1, 1, 2, 2, 2, 2, 1), mobilenetv2_100=(1, 2, 3, 4, 3, 3, 1)),
-    "timm-mobilenetv3-large-100": _of("timm", half=(1, 1, 2, 2, 1, 2, 1), mobilenetv3_large_100=(1, 2, 3, 4, 2, 3, 1)),
-    "timm-vit-tiny": _of("timm", half=(6,), vit_tiny_patch16_224=(12,)),
-    "timm-deit-tiny": _of("timm", half=(6,), deit_tiny_patch16_224=(12,)),
-    "timm-deit-tiny-distilled": _of("timm", half=(6,), deit_tiny_distilled_patch16_224=(12,)),
+    "regnet-y-400mf": _of("torchvision", half_depth=(1, 2, 3, 3), regnet_y_400mf=(1, 3, 6, 6)),
+    "mobilenet-v2": _of("torchvision", half_depth=(1, 1, 2, 2, 2, 2, 1), mobilenet_v2=(1, 2, 3, 4, 3, 3, 1)),
+    "mobilenet-v3-large": _of("torchvision", half_depth=(1, 1, 2, 2, 1, 2), mobilenet_v3_large=(1, 2, 3, 4, 2, 3)),
+    "vit-b-16": _of("torchvision", half_depth=(6,), vit_b_16=(12,)),
+    "timm-regnety-004": _of("timm", half_depth=(1, 2, 3, 3), regnety_004=(1, 3, 6, 6)),
+    "timm-mobilenetv2-100": _of("timm", half_depth=(1, 1, 2, 2, 2, 2, 1), mobilenetv2_100=(1, 2, 3, 4, 3, 3, 1)),
+    "timm-mobilenetv3-large-100": _of(
+        "timm", half_depth=(1, 1, 2, 2, 1, 2, 1), mobilenetv3_large_100=(1, 2, 3, 4, 2, 3, 1)
+    ),
+    "timm-vit-tiny": _of("timm", half_depth=(6,), vit_tiny_patch16_224=(12,)),
+    "timm-deit-tiny": _of("timm", half_depth=(6,), deit_tiny_patch16_224=(12,)),
+    "timm-deit-tiny-distilled": _of("timm", half_depth=(6,), deit_tiny_distilled_patch16_224=(12,)),
 }
 """Families of which the libraries have no two networks that differ in depth alone, each with depths one can choose."""
 

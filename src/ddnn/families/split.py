@@ -190,17 +190,18 @@ def _only_call(graph: fx.Graph, name: str) -> fx.Node:
 def _cut(trace: _Trace, units: Sequence[Sequence[str]], whole: Sequence[bool]) -> Iterator[fx.Graph]:
     """The stem, what leads to each unit from there or from the unit before, and the head."""
     start = _input(trace.units[0][0])
-    yield _between(trace.image, start, "before its first block it", None)
-    where = "for its first block it"
+    yield _between(trace.image, start, "it makes the input of its first block from more than images")
     for i, (names, calls) in enumerate(zip(units, trace.units, strict=True)):
         for name, call, last in zip(names[1:], calls[1:], calls[:-1], strict=True):
             if _input(call) is not last:
                 raise IndivisibleError(f"{name} does not run on what {last.target} gives")
-        yield _between(start, calls[-1] if whole[i] else _input(calls[0]), where, i - 1 if i else None)
-        start, where = calls[-1], f"after {names[-1]} it"
+        reason = f"{names[0]} is given more than what comes from the block before it"
+        yield _between(start, calls[-1] if whole[i] else _input(calls[0]), reason, i - 1 if i else None)
+        start = calls[-1]
     if not isinstance(trace.result, fx.Node):
         raise IndivisibleError("it returns more than one tensor")
-    yield _between(start, trace.result, where, len(units) - 1)
+    reason = f"after {start.target} it uses more than what that block gives"
+    yield _between(start, trace.result, reason, len(units) - 1)
 
 
 def _input(call: fx.Node) -> fx.Node:
@@ -214,8 +215,8 @@ def _others(call: fx.Node) -> list[fx.Node]:
     return [node for node in call.all_input_nodes if node is not call.args[0]]
 
 
-def _between(start: fx.Node, end: fx.Node, where: str, after: int | None) -> fx.Graph:
-    """The graph of `end` as a function of `start` alone."""
+def _between(start: fx.Node, end: fx.Node, reason: str, after: int | None = None) -> fx.Graph:
+    """The graph of `end` as a function of `start` alone; `reason` says what is wrong if it is not one."""
     needed: set[fx.Node] = set()
     sizes: set[fx.Node] = set()
     stack = [end]
@@ -224,7 +225,7 @@ def _between(start: fx.Node, end: fx.Node, where: str, after: int | None) -> fx.
         if node is start or node in needed:
             continue
         if node.op == "placeholder":
-            raise IndivisibleError(f"{where} needs more than the output of the block before", after)
+            raise IndivisibleError(reason, after)
         needed.add(node)
         if _is_batch_size(node) and not _follows(node, start):
             sizes.add(node)  # the number of images, wherever it was read, is that of `start` too

@@ -26,10 +26,10 @@ def _by_residual(net: Any) -> Iterator[str]:
         yield f"features[{first}:{last}]"
 
 
-def _inner_sequentials(net: Any) -> Iterator[str]:
-    """Stages of an EfficientNet: what in its features holds blocks that hold themselves a `block`."""
+def _residual_stages(net: Any) -> Iterator[str]:
+    """Stages of networks with stochastic depth: what in their features holds blocks that have it."""
     for name, module in net.features.named_children():
-        if all(hasattr(block, "block") for block in module.children()):
+        if all(hasattr(block, "stochastic_depth") for block in module.children()):
             yield f"features.{name}"
 
 
@@ -48,17 +48,17 @@ FAMILIES = [
     Family(
         "torchvision EfficientNet",
         instance_of("torchvision.models.efficientnet.EfficientNet"),
-        stages=_inner_sequentials,
+        stages=_residual_stages,
     ),
     Family(
         "torchvision ConvNeXt",
         instance_of("torchvision.models.convnext.ConvNeXt"),
-        stages=_inner_sequentials,
+        stages=_residual_stages,
     ),
     Family(
         "torchvision Swin",
         instance_of("torchvision.models.swin_transformer.SwinTransformer"),
-        stages=("features.1", "features.3", "features.5", "features.7"),
+        stages=_residual_stages,
         axes="NHWC",
     ),
     Family(
