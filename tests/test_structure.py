@@ -26,6 +26,7 @@ ORDER = [
     "evaluate",
     "branchwise",
     "cost",
+    "suggest",
     "device",
     "optimizer",
     "state",
