@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all examples lint install clean
 
 demo: $(VENV)/installed          ## install, train the demo, end with the table of sub-nets
 	$(BIN)/ddnn train
@@ -11,7 +11,7 @@ demo: $(VENV)/installed          ## install, train the demo, end with the table 
 test: $(VENV)/installed          ## install, pass the fast tests
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(VENV)/installed      ## the slow tests too
+test-all: examples               ## the slow tests too, those of the examples among them
 	$(BIN)/pytest
 
 lint: $(VENV)/installed          ## formatting, lint, types
@@ -19,6 +19,7 @@ lint: $(VENV)/installed          ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+examples: $(VENV)/examples       ## what the files in examples/ need besides: 200 MB, half a minute
 install: $(VENV)/installed
 
 # constraints.txt holds the versions everything here was measured with.
@@ -26,6 +27,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ddnn needs Python 3.11 or newer; give one with: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/examples: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
 	touch $@
 
 clean:

@@ -3,9 +3,9 @@
     python benchmarks/pretrained.py cifar100-resnet8-14-20 --out runs/pretrained --epochs 4 --lr 0.04
 
 Trains each depth of the recipe alone, from scratch; then nests the sub-nets in the full-net that was trained alone and
-trains them together for a few epochs, all of them taught by that full-net as it was, which keeps the full-net itself from
-forgetting. Says, by the validation split, after which epoch each sub-net was as good as alone at its end, and what the
-full-net kept. Kill it and call it again: finished trainings are not repeated.
+trains them together for a few epochs, all of them taught by that full-net as it was, which keeps the full-net itself
+from forgetting. Says, by the validation split, after which epoch each sub-net was as good as alone at its end, and what
+the full-net kept. Kill it and call it again: finished trainings are not repeated.
 """
 
 import argparse

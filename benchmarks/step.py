@@ -37,8 +37,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ddnn.branchwise import branchwise_backward
+from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side
-from ddnn.families import FULL_NETS, PRESETS, build
+from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -66,32 +67,54 @@ def main() -> None:
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--seconds", type=float, default=25.0, help="to measure one preset for (default: 25)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave compilation out, which takes minutes for deep nets"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
     results = {
-        name: measure(name, device, arguments.precision == "bf16", arguments.seconds)
+        name: measure(name, device, arguments.precision == "bf16", arguments.seconds, not arguments.no_compile)
         for name in ([arguments.preset] if arguments.preset else CASES)
     }
-    machine = {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "precision": arguments.precision,
-        "torch": torch.__version__,
-    }
+    where = machine(device, arguments.precision)
     if arguments.json:
-        print(json.dumps({"presets": results, "machine": machine}, indent=2))
+        print(json.dumps({"presets": results, "machine": where}, indent=2))
         return
-    table = Table(title=", ".join(f"{key} {value}" for key, value in machine.items()))
+    table = Table(title=", ".join(f"{key} {value}" for key, value in where.items()))
     table.add_column("figure")
     for name in results:
         table.add_column(name, justify="right")
     for figure in next(iter(results.values())):
-        table.add_row(figure, *(f"{row[figure]:.3f}" for row in results.values()))
+        table.add_row(figure, *("-" if row[figure] is None else f"{row[figure]:.3f}" for row in results.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> dict[str, float]:
+def machine(device: torch.device, precision: str) -> dict[str, str | int]:
+    return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "torch": torch.__version__,
+    }
+
+
+def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
+    """A whole training step: `backward`, then the optimiser."""
+    optimizer = make_optimizer(of, Optim(lr=1e-4))
+
+    def step() -> None:
+        backward(of)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(
+    preset: str, device: torch.device, bf16: bool, seconds: float, compiling: bool = True
+) -> dict[str, float | None]:
     case = CASES[preset]
     torch.manual_seed(0)
     full_net, table = build(preset, CLASSES)
@@ -103,20 +126,10 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
-        optimizer = make_optimizer(of, Optim(lr=1e-4))
-
-        def step() -> None:
-            backward(of)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
     def plain(objective: EKD, forward: Callable[[Tensor], object] | None = None) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
             with autocast():
-                outputs = (forward or of)(x)
+                outputs = (of if forward is None else forward)(x)  # a compiled module has no truth value
             torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
 
         return backward
@@ -138,11 +151,12 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
         "joint": stepping(copy.deepcopy(net), plain(joint)),
         "loop": stepping(copy.deepcopy(net), loop),
         "lean": stepping(copy.deepcopy(net), lean),
-        "compiled": stepping(compiled, plain(ekd, torch.compile(compiled))),
         **{f"alone {name}": stepping(one, plain(ekd)) for name, one in alone.items()},
     }
-    for _ in range(3):
-        calls["compiled"]()
+    if compiling:
+        calls["compiled"] = stepping(compiled, plain(ekd, torch.compile(compiled)))
+        for _ in range(3):
+            calls["compiled"]()
     before = counters["stats"]["unique_graphs"]
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))
@@ -157,8 +171,8 @@ def measure(preset: str, device: torch.device, bf16: bool, seconds: float) -> di
         / peak_bytes(alone[net.full_name], calls[f"alone {net.full_name}"], device),
         "lean_time": times["lean"] / times["ekd"],
         "subnet_over_library": subnet_over_library(preset, net, case.size, device),
-        "compiled_over_eager": times["compiled"] / times["ekd"],
-        "recompiles": counters["stats"]["unique_graphs"] - before,
+        "compiled_over_eager": times["compiled"] / times["ekd"] if compiling else None,
+        "recompiles": counters["stats"]["unique_graphs"] - before if compiling else None,
     }
 
 
@@ -196,8 +210,8 @@ def subnet_over_library(preset: str, net: DDNN, size: int, device: torch.device)
     ratios = []
     for name in net.depths:
         pair = {
-            "ours": call(net.subnet(name).to(device).eval()),
-            "library": call(library(preset, name).to(device).eval()),
+            "ours": call(net.subnet(name).to(device, memory_format=torch.channels_last).eval()),
+            "library": call(library(preset, name).to(device, memory_format=torch.channels_last).eval()),
         }
         with torch.inference_mode():
             times = side_by_side(pair, device, budget_s=2.0)
@@ -212,7 +226,7 @@ def library(preset: str, name: str) -> nn.Module:
     if hasattr(torchvision.models, name):
         one: nn.Module = getattr(torchvision.models, name)(num_classes=CLASSES)
         return one
-    return FULL_NETS[f"torchvision/{name}"](num_classes=CLASSES, width=None)
+    return build(f"torchvision/{name}", CLASSES)[0]
 
 
 def processor() -> str:

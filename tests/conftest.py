@@ -1,13 +1,14 @@
 """What several test files need."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddnn import recipe, trainer
+from ddnn import cli, recipe, trainer
 from ddnn.checkpoint import RunFolder
 
 TINY = (
@@ -43,6 +44,24 @@ def tiny(tmp_path: Path) -> Callable[..., RunFolder]:
         return RunFolder.create(tmp_path / name, recipe.load("digits", [*TINY, *overrides]))
 
     return make
+
+
+@pytest.fixture
+def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line: `ddnn("train", ...)` -> exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ddnn", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        printed = capfd.readouterr()
+        return code, printed.out, printed.err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

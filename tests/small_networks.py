@@ -26,7 +26,7 @@ from timm.models.resnet import ResNet as TimmResNet
 from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vgg import VGG as TimmVGG
+from timm.models.vgg import VGG as TimmVGG  # noqa: N811
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torchvision import models
@@ -104,7 +104,9 @@ def swin(depths: Depths, v2: bool) -> nn.Module:
     extra = {"block": models.swin_transformer.SwinTransformerBlockV2} if v2 else {}
     if v2:
         extra["downsample_layer"] = models.swin_transformer.PatchMergingV2
-    return models.SwinTransformer([4, 4], 8, list(depths), [2, 4], [4, 4], num_classes=CLASSES, stochastic_depth_prob=0.0, **extra)  # fmt: skip
+    return models.SwinTransformer(
+        [4, 4], 8, list(depths), [2, 4], [4, 4], num_classes=CLASSES, stochastic_depth_prob=0.0, **extra
+    )
 
 
 def vit(depths: Depths) -> nn.Module:
@@ -120,7 +122,15 @@ def timm_vit(depths: Depths, of: type[nn.Module] = TimmViT, **options: object) -
 
 
 def timm_resnetv2(depths: Depths) -> nn.Module:
-    return ResNetV2(list(depths), (8, 16), CLASSES, stem_chs=8, basic=True, bottle_ratio=1.0, norm_layer=partial(timm.layers.GroupNormAct, num_groups=4))  # fmt: skip
+    return ResNetV2(
+        list(depths),
+        (8, 16),
+        CLASSES,
+        stem_chs=8,
+        basic=True,
+        bottle_ratio=1.0,
+        norm_layer=partial(timm.layers.GroupNormAct, num_groups=4),
+    )
 
 
 def timm_byobnet(depths: Depths) -> nn.Module:
@@ -167,34 +177,75 @@ SMALL: dict[str, Small] = {
     "torchvision SwinV2": Small(partial(swin, v2=True), (2, 4), ((1, 2), (2, 2))),
     "torchvision ViT": Small(vit, (4,), ((2,), (3,))),
     "torchvision DenseNet": Small(densenet, (2, 4, 3), ((1, 2, 3), (2, 4, 2), (2, 3, 2))),
-    "timm ResNet": Small(partial(TimmResNet, TimmBasicBlock, num_classes=CLASSES, channels=(8, 8, 16, 16)), (1, 1, 2, 3), ((1, 1, 1, 2), (1, 1, 2, 2))),
+    "timm ResNet": Small(
+        partial(TimmResNet, TimmBasicBlock, num_classes=CLASSES, channels=(8, 8, 16, 16)),
+        (1, 1, 2, 3),
+        ((1, 1, 1, 2), (1, 1, 2, 2)),
+    ),
     "timm SE-ResNeXt-D": Small(
         partial(
-            TimmResNet, TimmBottleneck, num_classes=CLASSES, channels=(16, 16, 32, 32), cardinality=4, base_width=4,
-            stem_type="deep", stem_width=8, avg_down=True, block_args={"attn_layer": "se"},
+            TimmResNet,
+            TimmBottleneck,
+            num_classes=CLASSES,
+            channels=(16, 16, 32, 32),
+            cardinality=4,
+            base_width=4,
+            stem_type="deep",
+            stem_width=8,
+            avg_down=True,
+            block_args={"attn_layer": "se"},
         ),
-        (1, 1, 2, 3), ((1, 1, 1, 2), (1, 1, 2, 2)),
-    ),  # fmt: skip
+        (1, 1, 2, 3),
+        ((1, 1, 1, 2), (1, 1, 2, 2)),
+    ),
     "timm ResNetV2": Small(timm_resnetv2, (2, 3), ((1, 2), (2, 2))),
     "timm ByobNet": Small(timm_byobnet, (2, 3), ((1, 2), (2, 2))),
     "timm NFNet": Small(lambda d: NormFreeNet(NfCfg(d, (16, 32), stem_chs=8), CLASSES), (2, 3), ((1, 2), (2, 2))),
     "timm RegNet": Small(TimmRegNetOf, (1, 1, 2, 3), ((1, 1, 1, 2), (1, 1, 2, 2))),
-    "timm VGG": Small(lambda d: TimmVGG(_plan(d), CLASSES, mlp_ratio=0.01, norm_layer=nn.BatchNorm2d), (2, 4), ((1, 2), (2, 3))),
+    "timm VGG": Small(
+        lambda d: TimmVGG(_plan(d), CLASSES, mlp_ratio=0.01, norm_layer=nn.BatchNorm2d), (2, 4), ((1, 2), (2, 3))
+    ),
     "timm DenseNet": Small(lambda d: TimmDenseNet(4, d, CLASSES), (2, 4, 3), ((1, 2, 3), (2, 4, 2), (2, 3, 2))),
     "timm EfficientNet": Small(partial(timm_efficientnet, of="EfficientNet"), (1, 3, 2), ((1, 1, 1), (1, 2, 2))),
     "timm MobileNetV3": Small(partial(timm_efficientnet, of="MobileNetV3"), (1, 3, 2), ((1, 1, 1), (1, 2, 2))),
-    "timm ConvNeXt": Small(lambda d: TimmConvNeXt(num_classes=CLASSES, depths=d, dims=(8, 8, 16, 16)), (1, 1, 2, 3), ((1, 1, 1, 2), (1, 1, 2, 1))),
-    "timm ConvNeXtV2": Small(lambda d: TimmConvNeXt(num_classes=CLASSES, depths=d, dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None), (1, 1, 2, 3), ((1, 1, 1, 2), (1, 1, 2, 1))),
-    "timm MetaFormer": Small(lambda d: MetaFormer(num_classes=CLASSES, depths=d, dims=(8, 16), use_mlp_head=False), (2, 3), ((1, 2), (2, 1))),
-    "timm Swin": Small(lambda d: TimmSwin(32, 4, 3, CLASSES, embed_dim=8, depths=d, num_heads=(2, 4), window_size=4, drop_path_rate=0.0), (2, 4), ((1, 2), (2, 2))),
-    "timm SwinV2": Small(lambda d: SwinTransformerV2(32, 4, 3, CLASSES, embed_dim=8, depths=d, num_heads=(2, 4), window_size=4, drop_path_rate=0.0), (2, 4), ((1, 2), (2, 2))),
+    "timm ConvNeXt": Small(
+        lambda d: TimmConvNeXt(num_classes=CLASSES, depths=d, dims=(8, 8, 16, 16)),
+        (1, 1, 2, 3),
+        ((1, 1, 1, 2), (1, 1, 2, 1)),
+    ),
+    "timm ConvNeXtV2": Small(
+        lambda d: TimmConvNeXt(num_classes=CLASSES, depths=d, dims=(8, 8, 16, 16), use_grn=True, ls_init_value=None),
+        (1, 1, 2, 3),
+        ((1, 1, 1, 2), (1, 1, 2, 1)),
+    ),
+    "timm MetaFormer": Small(
+        lambda d: MetaFormer(num_classes=CLASSES, depths=d, dims=(8, 16), use_mlp_head=False), (2, 3), ((1, 2), (2, 1))
+    ),
+    "timm Swin": Small(
+        lambda d: TimmSwin(
+            32, 4, 3, CLASSES, embed_dim=8, depths=d, num_heads=(2, 4), window_size=4, drop_path_rate=0.0
+        ),
+        (2, 4),
+        ((1, 2), (2, 2)),
+    ),
+    "timm SwinV2": Small(
+        lambda d: SwinTransformerV2(
+            32, 4, 3, CLASSES, embed_dim=8, depths=d, num_heads=(2, 4), window_size=4, drop_path_rate=0.0
+        ),
+        (2, 4),
+        ((1, 2), (2, 2)),
+    ),
     "timm ViT": Small(timm_vit, (4,), ((2,), (3,))),
-    "timm ViT with registers": Small(partial(timm_vit, reg_tokens=3, no_embed_class=True, global_pool="avg"), (4,), ((2,), (3,))),
+    "timm ViT with registers": Small(
+        partial(timm_vit, reg_tokens=3, no_embed_class=True, global_pool="avg"), (4,), ((2,), (3,))
+    ),
     "timm DeiT, distilled": Small(partial(timm_vit, of=VisionTransformerDistilled), (4,), ((2,), (3,))),
     "timm BEiT": Small(partial(timm_vit, of=Beit, use_shared_rel_pos_bias=True), (4,), ((2,), (3,))),
     "timm EVA": Small(partial(timm_vit, of=Eva, use_rot_pos_emb=True), (4,), ((2,), (3,))),
-    "timm MLP-Mixer": Small(lambda d: MlpMixer(CLASSES, 32, patch_size=8, num_blocks=d[0], embed_dim=12), (4,), ((2,), (3,))),
-}  # fmt: skip
+    "timm MLP-Mixer": Small(
+        lambda d: MlpMixer(CLASSES, 32, patch_size=8, num_blocks=d[0], embed_dim=12), (4,), ((2,), (3,))
+    ),
+}
 
 
 def images(n: int, size: int) -> torch.Tensor:

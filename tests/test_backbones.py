@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from ddnn.checkpoint import RunFolder
 from ddnn.trained import load_trained
 from small_networks import SMALL, images
-from test_cli import ddnn  # noqa: F401
 from test_families import nested
 
 Command = Callable[..., tuple[int, str, str]]
@@ -36,12 +35,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("network", "size", "options", "subnet", "stages"),
     [
         ("timm/test_convnext", 32, {}, "[1,1,2,1]", None),
-        ("timm/vit_tiny_patch16_224", 16, {"patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 4}, "[1,1]", ["blocks[0:2]", "blocks[2:4]"]),
+        (
+            "timm/vit_tiny_patch16_224",
+            16,
+            {"patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 4},
+            "[1,1]",
+            ["blocks[0:2]", "blocks[2:4]"],
+        ),
         ("torchvision/shufflenet_v2_x0_5", 32, {}, "{stage3 = 2}", None),
     ],
-)  # fmt: skip
+)
 def test_train_and_extract(
-    ddnn: Command,  # noqa: F811
+    ddnn: Command,
     photos: Path,
     tmp_path: Path,
     network: str,
@@ -78,7 +83,7 @@ def test_train_and_extract(
         assert torch.equal(plain.eval()(x), net(x)["small"].logits)
 
 
-def test_a_network_whose_nets_run_whole_trains_too(ddnn: Command, photos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_network_whose_nets_run_whole_trains_too(ddnn: Command, photos: Path, tmp_path: Path) -> None:
     """Its forward asks for numbers that only images have; the warning says so and the training goes on."""
     changes = [
         "network.name=timm/pvt_v2_b0",

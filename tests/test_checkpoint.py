@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from ddnn.build import build
-from ddnn.checkpoint import RunFolder, distinct, write_atomic
+from ddnn.checkpoint import RunFolder, distinct
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import parameters
 from ddnn.families.cifar_resnet import resnet
+from ddnn.files import write_atomic
 from ddnn.recipe import Network
 
 Make = Callable[..., RunFolder]

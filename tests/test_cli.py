@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, sentences, JSON."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,29 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import TINY, Quiet
-from ddnn import cli
 from ddnn.checkpoint import RunFolder
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.trained import load_trained
 from ddnn.trainer import train
-
-
-@pytest.fixture
-def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call the command line: `ddnn("train", ...)` -> exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ddnn", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "_train", run)
 
 
-def test_methods_differ_in_nothing_but_what_they_say(tmp_path: Path) -> None:
-    base = tiny_recipe("train.seed=5").model_dump()
-    jobs = {job.name: job for job in plan(tiny_recipe("train.seed=5"), METHODS, 2, tmp_path, NETS)}
+def test_methods_differ_in_nothing_but_what_they_say() -> None:
+    recipe = tiny_recipe("train.seed=5", "objective.ramp=[0.2,0.6]")
+    base = recipe.model_dump()
+    jobs = {job.name: job for job in plan(recipe, METHODS, 2, NETS)}
     assert len(jobs) == 2 * (5 + 2 * 3)
     changes = {}
     for name, job in jobs.items():
@@ -74,20 +75,22 @@ def test_methods_differ_in_nothing_but_what_they_say(tmp_path: Path) -> None:
         "objective.labels": "full-net",
         "objective.attention": 0.0,
         "objective.temperature": 1.0,
+        "objective.ramp": (0.0, 0.0),
     }
     assert changes["two-model-kd-resnet14-seed0"] == {
         "network.alone": "resnet14",
-        "objective.teacher": tmp_path / "alone-resnet20-seed0",
+        "objective.ramp": (0.0, 0.0),
+        "objective.teacher": Path("../alone-resnet20-seed0"),  # wherever the comparison is moved
     }
 
 
-def test_teachers_come_before_their_students(tmp_path: Path) -> None:
-    jobs = plan(tiny_recipe(), ["two-model-kd"], 1, tmp_path, NETS)
+def test_teachers_come_before_their_students() -> None:
+    jobs = plan(tiny_recipe(), ["two-model-kd"], 1, NETS)
     names = [job.name for job in jobs]
     assert names[:3] == [f"alone-{net}-seed0" for net in NETS]
     assert all(names.index(job.needs) < names.index(job.name) for job in jobs if job.needs)
     with pytest.raises(RecipeError, match="no method 'magic'; there are: ekd, alone, joint"):
-        plan(tiny_recipe(), ["magic"], 1, tmp_path, NETS)
+        plan(tiny_recipe(), ["magic"], 1, NETS)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -100,12 +103,13 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert list(content["methods"]) == list(METHODS)
     assert list(content["nets"]) == NETS
     for method, row in content["methods"].items():
-        assert set(row) == {"subnets", "seconds", "macs_per_step", "peak_memory_mb", "runs"}
+        assert set(row) == {"subnets", "seconds", "cpu_seconds", "macs_per_step", "peak_memory_mb", "runs"}
         for net in NETS:
             [top1] = row["subnets"][net]
             runs = [RunFolder.open(folder / "runs" / name).read_json("summary.json") for name in row["runs"]["0"]]
             assert top1 in [run["subnets"][net]["top1"] for run in runs if net in run["subnets"]]
         assert row["seconds"] > 0, method
+        assert row["cpu_seconds"] > 0, method
 
     # costs, written out: three forwards' worth of MACs for each network trained, and the teacher's part
     net, _ = load_trained(RunFolder.open(folder / "runs" / "ekd-seed0"))
@@ -189,7 +193,7 @@ def test_a_folder_holds_one_recipe(tmp_path: Path) -> None:
 
 def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
     recipe = tiny_recipe("train.epochs=4")
-    jobs = plan(recipe, ["alone"], 1, tmp_path / "runs", NETS)
+    jobs = plan(recipe, ["alone"], 1, NETS)
     assert seconds_left(tmp_path, jobs) is None
     run = RunFolder.create(tmp_path / "runs" / jobs[0].name, jobs[0].recipe)
     run.write_metrics([{"epoch": e, "seconds": {"total": 10.0}} for e in (1, 2)])

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from benchmarks.families import ALL, committed, lived, row
 from torch import nn
 
-from benchmarks.families import ALL, committed, lived, row
 from ddnn.branchwise import branchwise_backward
 from ddnn.families import FAMILIES, PRESETS, family_of
 from ddnn.network import DDNN, nest

@@ -222,3 +222,33 @@ def test_in_somebody_elses_loop() -> None:
         losses.append(loss.item())
     assert isinstance(outputs["resnet8"], Output)
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "progress", "strength"),
+    [
+        ((0.0, 0.0), 0.0, 1.0),
+        ((0.5, 1.0), 0.2, 0.0),
+        ((0.5, 1.0), 0.5, 0.0),
+        ((0.5, 1.0), 0.75, 0.5),
+        ((0.5, 1.0), 1.0, 1.0),
+        ((0.3, 0.3), 0.29, 0.0),
+        ((0.3, 0.3), 0.3, 1.0),
+    ],
+)
+def test_ramp_holds_distillation_back(ramp: tuple[float, float], progress: float, strength: float) -> None:
+    outputs = {name: Output(randn(2, 4), (randn(2, 3, 4, 4),)) for name in ("sub", "full")}
+    target = torch.tensor([0, 1])
+    whole = EKD(kl=2.0, attention=3.0)(outputs, target)
+    now = EKD(kl=2.0, attention=3.0, ramp=ramp).at(progress)(outputs, target)
+    for term, value in whole.items():
+        expected = value if term.endswith("/ce") else strength * value
+        if expected:
+            torch.testing.assert_close(now[term], expected)
+        else:
+            assert term not in now  # not computed at all
+
+
+def test_ramp_that_falls_is_refused() -> None:
+    with pytest.raises(DDNNError, match="0 <= first <= second <= 1"):
+        EKD(ramp=(0.8, 0.2))

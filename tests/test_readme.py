@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 
 from ddnn import cli, recipe
+from ddnn.cli.training import _split
 from ddnn.families import PRESETS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = [line.split("#")[0].strip() for block in blocks("console") for line in block.splitlines()]
-    inline = re.findall(r"`(ddnn [^`]+)`", README)
+    pages = [README, *DOCS.values()]
+    lines = [line.split("#")[0].strip() for page in pages for b in blocks("console", page) for line in b.splitlines()]
+    inline = [found for page in pages for found in re.findall(r"`(ddnn [^`]+)`", page)]
     return [shlex.split(line) for line in [*lines, *inline] if line.startswith("ddnn ")]
 
 
@@ -42,7 +46,7 @@ def test_every_command_is_understood(command: list[str]) -> None:
     verb = group.commands[command[1]]  # type: ignore[attr-defined]
     inner = verb.make_context(command[1], command[2:], parent=context)
     if command[1] in ("train", "compare"):
-        named, changes = cli._split(inner.params["recipe_and_overrides"], inner.params["overrides"])
+        named, changes = _split(inner.params["recipe_and_overrides"], inner.params["overrides"])
         recipe.load(named[0] if named else "digits", changes)
 
 
@@ -61,4 +65,26 @@ def test_every_preset_in_the_table_exists() -> None:
 
 def test_links_to_files_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (Path(__file__).parents[1] / link).exists(), link
+        assert (ROOT / link).exists(), link
+    for name, page in DOCS.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", page):
+            assert (ROOT / "docs" / link).exists(), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("code", blocks("python", DOCS["runtime.md"]))
+def test_what_the_page_on_devices_shows_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the small bundle of the tests; plain onnxruntime gives the class that ddnn gives."""
+    import numpy as np
+    from PIL import Image
+
+    import bundles
+    from ddnn.runtime import load
+
+    monkeypatch.chdir(tmp_path)
+    bundles.make(tmp_path / "bundle", resize=10)
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (21, 13, 3), dtype=np.uint8)).save("photo.jpg")
+    exec(compile(code.replace("resnet18", "small"), "runtime.md", "exec"), {})
+    if "import ddnn" not in code:
+        assert capsys.readouterr().out.strip() == load("bundle").predict("photo.jpg", "small").classes[0][0]

@@ -62,6 +62,7 @@ def test_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytes
         ("network.subnets.a=[1,0]", "network.subnets.a.1: input should be greater than or equal to 1"),
         ("schedule.warmup_epochs=99", "schedule.warmup_epochs=99 must be below train.epochs=30"),
         ("optim.momentum=0.0", "nesterov needs momentum above 0"),
+        ("objective.ramp=[0.8,0.2]", "objective: ramp=\\[0.8, 0.2\\] ends before it begins"),
         ("optim=3", "optim: input should be a valid dictionary"),
         ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
         ("optim.lr.peak=3", "optim.lr: input should be a valid number|lr holds a value"),

@@ -14,13 +14,21 @@ SOURCE = Path(ddnn.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "extras",
+    "files",
+    "figure",
+    "page",
+    "picture",
+    "runtime",
     "recipe",
     "data",
     "proof",
     "families",
     "sharing",
     "table",
+    "tied",
     "network",
+    "backbone",
     "objective",
     "build",
     "evaluate",
@@ -32,9 +40,11 @@ ORDER = [
     "state",
     "checkpoint",
     "trained",
+    "export",
     "trainer",
     "compare",
     "report",
+    "hub",
     "display",
     "cli",
     "__main__",
@@ -69,6 +79,18 @@ def test_importing_ddnn_is_light() -> None:
     code = "import ddnn, sys; print(any(m in sys.modules for m in ('torch', 'numpy', 'pydantic')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_asking_for_help_is_light() -> None:
+    code = (
+        "import sys; from ddnn import cli; sys.argv = ['ddnn', 'predict', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(any(m in sys.modules for m in ('torch', 'numpy', 'onnxruntime', 'PIL', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--latency-ms" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_a_ddnn_can_be_pickled_by_its_owner() -> None:

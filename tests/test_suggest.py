@@ -16,7 +16,6 @@ from ddnn.network import nest
 from ddnn.sharing import agreement
 from ddnn.suggest import Suggestion, suggest
 from small_networks import SMALL
-from test_cli import ddnn  # noqa: F401
 from test_unlisted import Tokens
 
 CPU = torch.device("cpu")
@@ -129,7 +128,7 @@ def test_a_wish_that_no_sub_net_fulfils(share: float, has: str) -> None:
         suggest(deep(), "deep", shares=[share], image_size=32, device=CPU)
 
 
-def test_the_command_line(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_line(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = ddnn("suggest", "cifar/resnet20", "--macs", "0.6", "--json")
     assert (code, err) == (0, "")
     made = json.loads(out)
@@ -158,7 +157,7 @@ def test_the_command_line(ddnn: Callable[..., tuple[int, str, str]], tmp_path: P
     ],
 )
 def test_what_the_command_line_refuses(
-    ddnn: Callable[..., tuple[int, str, str]],  # noqa: F811
+    ddnn: Callable[..., tuple[int, str, str]],
     arguments: tuple[str, ...],
     sentence: str,
 ) -> None:

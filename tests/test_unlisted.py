@@ -297,27 +297,59 @@ def pair() -> nn.Module:
     return Two()
 
 
-@pytest.mark.parametrize(
-    ("net", "arguments", "sentence"),
-    [
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), {}, "cannot find the stages of Sequential: no modules of one class .*; name them, such as ddnn.nest"),
-        (Named(), {"stages": ["layer1"]}, "stage 'layer1' leads nowhere in this Named; what it has that holds modules: block1, block2, block3, later"),
-        (Named(), {"stages": ["stem"]}, "stage 'stem' is a Conv2d and holds no blocks"),
-        (Named(), {"stages": ["later[0:4]"]}, r"stage 'later\[0:4\]': later has 3 modules"),
-        (Named(), {"stages": ["later", "later[1:3]"]}, "stages later and later.* both hold later.1"),
-        (Named(), {"stages": ["block1..later"]}, "stage 'block1..later': .*"),
-        (Skipping(), {"stages": ["block1..block3"]}, "stage 'block1..block3': the forward of Skipping runs block2 never; a block must run once"),
-        (Twice(), {"stages": ["block1..block3"]}, "the forward of Twice runs block1 2 times"),
-        (nn.Sequential(conv(3, 8), nn.Sequential(Block(8, 8), Block(8, 16), Block(16, 16)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)), {"stages": ["1"]}, r"stage '1': its blocks differ in width or resolution: 1.1 takes \[8, .* and gives \[16, .* only the first block of a stage may change the shape"),
-        (tied(), {}, "Named has tied weights: block1.conv.weight and block2.conv.weight are one tensor"),
-        (pair(), {}, r"Two gives 2 values \(Tensor, Tensor\), not logits \[N, classes\]"),
-        (nn.Sequential(conv(3, 8), Block(8, 8), Block(8, 8)), {}, r"Sequential gives a tensor \[2, 8, 64, 64\], not logits"),
-        (Named(), {"example": torch.randn(2, 3)}, r"example must hold images \[N, C, H, W\], not \[2, 3\]"),
-        (Named(), {"example": torch.randn(2, 1, 8, 8)}, r"Named can't run on images \[2, 1, 8, 8\]: RuntimeError: .*; give some that it takes"),
-        (nn.Sequential(nn.LazyConv2d(8, 3)), {}, "Sequential has layers without a shape yet"),
-        (torchvision.models.googlenet(num_classes=5, init_weights=False), {"stages": ["inception4b..inception4e"]}, r"inception4d takes \[512, .* gives \[528"),
-    ],
-)  # fmt: skip
+def in_a_row(*blocks: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+
+
+REFUSED: dict[str, tuple[nn.Module, dict[str, object], str]] = {
+    "no stages": (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        {},
+        "cannot find the stages of Sequential: no modules of one class .*; name them, such as ddnn.nest",
+    ),
+    "no such stage": (
+        Named(),
+        {"stages": ["layer1"]},
+        "'layer1' leads nowhere in this Named; what it has that holds modules: block1, block2, block3, later",
+    ),
+    "a layer": (Named(), {"stages": ["stem"]}, "stage 'stem' is a Conv2d and holds no blocks"),
+    "too long a slice": (Named(), {"stages": ["later[0:4]"]}, r"stage 'later\[0:4\]': later has 3 modules"),
+    "two stages in one": (Named(), {"stages": ["later", "later[1:3]"]}, "stages later and later.* both hold later.1"),
+    "two kinds": (Named(), {"stages": ["block1..later"]}, "stage 'block1..later': its blocks differ in width or resolution: pool takes"),
+    "skipped": (
+        Skipping(),
+        {"stages": ["block1..block3"]},
+        "stage 'block1..block3': the forward of Skipping runs block2 never; a block must run once",
+    ),
+    "twice": (Twice(), {"stages": ["block1..block3"]}, "the forward of Twice runs block1 2 times"),
+    "widths": (
+        in_a_row(Block(8, 8), Block(8, 16), Block(16, 16), width=16),
+        {"stages": ["1"]},
+        r"stage '1': its blocks differ in width or resolution: 1.1 takes \[8, .* gives \[16, .* only the first block",
+    ),
+    "tied": (tied(), {}, "Named has tied weights: block1.conv.weight and block2.conv.weight are one tensor"),
+    "a pair": (pair(), {}, r"Two gives 2 values \(Tensor, Tensor\), not logits \[N, classes\]"),
+    "no logits": (
+        nn.Sequential(conv(3, 8), Block(8, 8), Block(8, 8)),
+        {},
+        r"Sequential gives a tensor \[2, 8, 64, 64\], not logits",
+    ),
+    "no images": (Named(), {"example": torch.randn(2, 3)}, r"example must hold images .* not \[2, 3\]"),
+    "other images": (
+        Named(),
+        {"example": torch.randn(2, 1, 8, 8)},
+        r"Named can't run on images \[2, 1, 8, 8\]: RuntimeError: .*; give some that it takes",
+    ),
+    "lazy": (nn.Sequential(nn.LazyConv2d(8, 3)), {}, "Sequential has layers without a shape yet"),
+    "inception": (
+        torchvision.models.googlenet(num_classes=5, init_weights=False),
+        {"stages": ["inception4b..inception4e"]},
+        r"inception4d takes \[512, .* gives \[528",
+    ),
+}
+
+
+@pytest.mark.parametrize(("net", "arguments", "sentence"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_nested_says_why(net: nn.Module, arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(NestingError, match=sentence):
         nest(net, {}, **arguments)

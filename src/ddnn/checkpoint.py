@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
 from pathlib import Path
@@ -31,33 +30,13 @@ from torch import Tensor
 
 from ddnn import recipe as recipes
 from ddnn.errors import RunError
+from ddnn.files import write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
 
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
 log = logging.getLogger("ddnn")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it holds, whatever happens, either what it held before or all of `content`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
 class RunFolder:
@@ -84,7 +63,7 @@ class RunFolder:
         for torn in [*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")]:  # left by a kill in the middle of a write
             with contextlib.suppress(OSError):
                 torn.unlink()
-        return cls(path, recipes.load(path / "recipe.toml"))
+        return cls(path, recipes.reopen(path / "recipe.toml"))
 
     # -- small files --------------------------------------------------------------------------------------------
 
@@ -123,7 +102,7 @@ class RunFolder:
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Keep the state after `step` optimiser steps, then drop the oldest checkpoints."""
         buffer = io.BytesIO()
-        torch.save({"recipe": self._recipe_digest(), **state}, buffer)
+        torch.save({"recipe": self.recipe_digest(), **state}, buffer)
         content = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomic(self.path / "checkpoints" / name, content)
@@ -149,7 +128,7 @@ class RunFolder:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise RunError(f"{path} holds more than a checkpoint does and is not loaded") from None
-            if state.pop("recipe") != self._recipe_digest():
+            if state.pop("recipe") != self.recipe_digest():
                 raise RunError(f"checkpoint {path} belongs to another recipe than {self.path / 'recipe.toml'}")
             return state
         if found:
@@ -164,46 +143,51 @@ class RunFolder:
         files = folder.iterdir() if folder.is_dir() else []
         return sorted((f for f in files if pattern.fullmatch(f.name)), key=lambda f: f.name, reverse=True)
 
-    def _recipe_digest(self) -> str:
+    def recipe_digest(self) -> str:
+        """Hex SHA-256 of the resolved recipe."""
         return hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()
 
     # -- weights ------------------------------------------------------------------------------------------------
 
     def save_weights(self, net: DDNN) -> str:
         """Write `model.safetensors`, every tensor once, and return its sha256."""
-        content = save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+        content = weights_of(net)
         write_atomic(self.path / "model.safetensors", content)
         return hashlib.sha256(content).hexdigest()
 
     def load_weights(self, net: DDNN, digest: str) -> None:
         """Fill a freshly built net; `RunError` for a file that is not the one the run wrote."""
-        path = self.path / "model.safetensors"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from None
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise RunError(f"{path} is damaged or was replaced: its checksum is not the one in summary.json")
-        try:
-            weights = load_safetensors(content)
-        except SafetensorError as error:
-            raise RunError(f"{path} is no safetensors file: {error}") from None
-        ours = distinct(net)
-        if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
-            raise RunError(f"{path} holds other tensors than the network of {self.path / 'recipe.toml'}")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(weights[name])
+        fill(net, self.path / "model.safetensors", digest, stated="summary.json", source=self.path / "recipe.toml")
 
 
 def distinct(net: DDNN) -> dict[str, Tensor]:
-    """The tensors of a DDNN's state by name, a shared one only under its first name in the deepest net that has it."""
-    named: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    state = net.state_dict(keep_vars=True)
-    order = [name for net_name in reversed(net.depths) for name in state if name.startswith(f"nets.{net_name}.")]
-    for name in [*order, *(name for name in state if not name.startswith("nets."))]:
-        if id(state[name]) not in seen:
-            seen.add(id(state[name]))
-            named[name] = state[name].detach()
-    return named
+    """The tensors of a DDNN's state by name, a shared one only under its name in the deepest net that has it."""
+    return dict(net.state_dict())
+
+
+def weights_of(net: DDNN) -> bytes:
+    """A DDNN's state as a safetensors file, every tensor once."""
+    return save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+
+
+def fill(net: DDNN, path: Path, digest: str, *, stated: str, source: Path) -> None:
+    """Fill a freshly built net from a file that `weights_of` wrote; `RunError` for any other file.
+
+    `digest` is the file's sha256, `stated` where that is written down, `source` what the net was built from.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise RunError(f"{path} is damaged or was replaced: its checksum is not the one in {stated}")
+    try:
+        weights = load_safetensors(content)
+    except SafetensorError as error:
+        raise RunError(f"{path} is no safetensors file: {error}") from None
+    ours = distinct(net)
+    if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
+        raise RunError(f"{path} holds other tensors than the network of {source}")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(weights[name])

@@ -13,6 +13,7 @@ along. Calling it again goes on where it was: finished runs are kept, a broken o
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from typing import Any, Protocol
 
 from ddnn import recipe as recipes
 from ddnn.build import build, check
-from ddnn.checkpoint import RunFolder, write_atomic
+from ddnn.checkpoint import RunFolder
+from ddnn.device import choose_device
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import macs
+from ddnn.files import write_atomic
 from ddnn.recipe import Network, Recipe
 
 
@@ -51,22 +54,26 @@ def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 Trainings = list[tuple[str, Recipe, str | None]]
 """Of one method and seed: ending of the name, recipe, name of the training that has to be finished before."""
-Method = Callable[[Recipe, list[str], int, Path], Trainings]
-"""Called with the recipe, the names of the nets (the full-net last), the seed's number and the folder of all runs."""
+Method = Callable[[Recipe, list[str], int], Trainings]
+"""Called with the recipe, the names of the nets (the full-net last) and the seed's number."""
 
 
 def _joint(**objective: Any) -> Method:
     """A method that is one training of the whole DDNN."""
-    return lambda recipe, nets, seed, runs: [("", _changed(recipe, objective=objective), None)]
+    return lambda recipe, nets, seed: [("", _changed(recipe, objective=objective), None)]
 
 
-def _alone(recipe: Recipe, nets: list[str], seed: int, runs: Path) -> Trainings:
+def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     return [(f"-{net}", _changed(recipe, network={"alone": net}), None) for net in nets]
 
 
-def _two_model_kd(recipe: Recipe, nets: list[str], seed: int, runs: Path) -> Trainings:
+def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     teacher = f"alone-{nets[-1]}-seed{seed}"
-    objective = {"teacher": runs / teacher, "subnet_weight": 1.0}
+    objective = {
+        "teacher": Path("..") / teacher,
+        "subnet_weight": 1.0,
+        "ramp": (0.0, 0.0),
+    }  # seen from its own run folder
     return [(f"-{net}", _changed(recipe, network={"alone": net}, objective=objective), teacher) for net in nets]
 
 
@@ -77,25 +84,26 @@ METHODS: dict[str, Method] = {
     "kl": _joint(attention=0.0),
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,
-    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0),
+    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
 }
 """What each method makes of the recipe.
 
 `ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
 `kl` and `attention` leave one of the two terms of distillation; `two-model-kd` trains every depth with the full-net
-of `alone` as its teacher, by the same terms; `adaptive-depth` has the objective of adaptive-depth networks (NeurIPS
-2024): the full-net learns from labels, sub-nets from its posteriors only, at temperature 1. There only the smallest
-sub-net is trained; here every sub-net is, since each has norms of its own.
+of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `adaptive-depth`
+has the objective of adaptive-depth networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its
+posteriors only, at temperature 1. There only the smallest sub-net is trained; here every sub-net is, since each has
+norms of its own.
 """
 
 
-def plan(recipe: Recipe, methods: Iterable[str], seeds: int, runs: Path, nets: list[str]) -> list[Job]:
+def plan(recipe: Recipe, methods: Iterable[str], seeds: int, nets: list[str]) -> list[Job]:
     """All trainings, seed by seed, so that a comparison cut short has whole seeds; teachers before their students."""
     jobs: dict[str, Job] = {}
     for seed in range(seeds):
         seeded = _changed(recipe, train={"seed": recipe.train.seed + seed})
         for method in _with_prerequisites(methods):
-            for ending, changed, needs in METHODS[method](seeded, nets, seed, runs):
+            for ending, changed, needs in METHODS[method](seeded, nets, seed):
                 name = f"{method}{ending}-seed{seed}"
                 jobs[name] = Job(name, method, seed, changed, needs)
     return list(jobs.values())
@@ -139,8 +147,8 @@ def compare(
     """
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
-    jobs = plan(recipe, methods, seeds, folder.resolve() / "runs", list(net.depths))
     _open(folder, recipe)
+    jobs = plan(_shared_out(recipe, workers), methods, seeds, list(net.depths))
     by_name = {job.name: job for job in jobs}
     todo = [job for job in jobs if not _summary(folder, job)]
     failed: dict[str, str] = {}
@@ -175,11 +183,18 @@ def compare(
     return folder / "comparison.json"
 
 
+def _shared_out(recipe: Recipe, workers: int) -> Recipe:
+    """The recipe with the cores divided among trainings that run side by side, where it does not say it itself."""
+    if workers == 1 or recipe.train.threads is not None or choose_device(recipe.train.device).type != "cpu":
+        return recipe
+    return _changed(recipe, train={"threads": max(1, (os.cpu_count() or 1) // workers)})
+
+
 def _open(folder: Path, recipe: Recipe) -> None:
     """Make the folder, or check that it is a comparison of this recipe."""
     path = folder / "recipe.toml"
     if path.exists():
-        if recipes.load(path) != recipe:
+        if recipes.reopen(path) != recipe:
             raise RunError(f"{folder} holds a comparison of another recipe (see {path}); give another --out")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and is no comparison; give another --out")
@@ -260,7 +275,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
     for method in dict.fromkeys(job.method for job in jobs):
         mine = {seed: [job for job in jobs if job.method == method and job.seed == seed] for seed in seeds}
         top1: dict[str, list[float | None]] = {net: [] for net in order}
-        seconds, memory, steps = [], [], []
+        seconds, cpu_seconds, memory, steps = [], [], [], []
         for seed in seeds:
             finished = [done[job.name] for job in mine[seed] if job.name in done]
             for net in order:
@@ -271,6 +286,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
             all_jobs |= {job.needs: by_name[job.needs] for job in mine[seed] if job.needs}
             if all(name in done for name in all_jobs):
                 seconds.append(sum(done[name]["train_seconds"] for name in all_jobs))
+                cpu_seconds.append(sum(done[name]["cpu_seconds"] for name in all_jobs))
                 memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
                 data = _about(folder, next(iter(all_jobs)))["data"]
                 size, classes = data["image_size"], len(data["classes"])
@@ -280,6 +296,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         content["methods"][method] = {
             "subnets": top1,
             "seconds": statistics.mean(seconds) if seconds else None,
+            "cpu_seconds": statistics.mean(cpu_seconds) if cpu_seconds else None,
             "macs_per_step": steps[0] if steps else None,
             "peak_memory_mb": max(memory) if memory else None,
             "runs": {str(recipe.train.seed + seed): [job.name for job in mine[seed]] for seed in seeds},

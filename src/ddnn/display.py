@@ -127,6 +127,32 @@ def subnet_table(subnets: Mapping[str, Mapping[str, Any]], title: str, latency: 
     return table
 
 
+def export_table(manifest: Mapping[str, Any], place: str) -> Table:
+    """What was exported: one row per net."""
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    int8 = manifest.get("int8")
+    caption = f"{size / 1e6:.1f} MB in all; the outputs were compared with the network's on test images"
+    if int8 is not None:
+        caption = (
+            f"{size / 1e6:.1f} MB in all; accuracy on {int8['accuracy_images']} {int8['split']} images; times faster "
+            "than float32 here, one image at a time, one thread"
+        )
+    table = Table(title=escape(place), caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("sub-net")
+    table.add_column("file")
+    for heading in ("MACs", *(("float32 %", "int8 %", "faster") if int8 else ("top-1 %", "max. difference"))):
+        table.add_column(heading, justify="right")
+    for net in manifest["nets"]:
+        if int8 is not None:
+            tried = int8["nets"][net["name"]]
+            figures = [f"{100 * tried[when]['top1']:.2f}" for when in ("before", "after")]
+            figures.append(f"{tried['speedup']:.2f} x")
+        else:
+            figures = [f"{100 * net['top1']:.2f}", f"{net['parity']['max_abs']:.1e}"]
+        table.add_row(net["name"], net["graph"], _short(net["macs"]), *figures)
+    return table
+
+
 def suggestion_table(suggestion: Suggestion) -> Table:
     """The proposals, the full-net last."""
     measured = suggestion.latency_ms is not None

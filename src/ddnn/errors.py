@@ -21,5 +21,25 @@ class NestingError(DDNNError):
     """The networks asked for do not nest in the full-net."""
 
 
+class BundleError(DDNNError):
+    """A bundle cannot be written, read or trusted."""
+
+
+class RequestError(DDNNError):
+    """A bundle is asked for what it does not have, or given what is no image."""
+
+
+class BudgetError(DDNNError):
+    """No depth of a bundle is fast, small or accurate enough for what is wanted; the text says by how much."""
+
+
 class RunError(DDNNError):
     """A run folder or a checkpoint cannot be used, or a training had to stop."""
+
+
+class ExportError(DDNNError):
+    """A network cannot be exported, or what was exported does not compute what the network computes."""
+
+
+class HubError(DDNNError):
+    """What the Hugging Face hub keeps of a model, in a folder or a repository, can't be written, read or trusted."""

@@ -84,8 +84,13 @@ def macs(net: nn.Module, image_size: int) -> int:
     Of a DDNN: those of the whole tree, common beginnings counted once.
     """
     ghost = copy.deepcopy(net).to("meta").eval()
+    return call_macs(ghost, torch.empty(1, 3, image_size, image_size, device="meta"))
+
+
+def call_macs(call: Callable[..., object], *inputs: object) -> int:
+    """Multiply-accumulates of one call, whose tensors may be on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ghost(torch.empty(1, 3, image_size, image_size, device="meta"))
+        call(*inputs)
     return int(counter.get_total_flops()) // 2
 
 

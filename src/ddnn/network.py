@@ -22,6 +22,7 @@ from ddnn.families.split import IndivisibleError
 from ddnn.proof import at_rest, logits_of, overwrites
 from ddnn.sharing import Depths, HeadPolicy, NormPolicy, agreement, nested, owner
 from ddnn.table import Wanted, check_network, check_policies, table_of
+from ddnn.tied import give_to_all, keep_each_once
 
 
 class Output(NamedTuple):
@@ -52,6 +53,9 @@ class DDNN(nn.Module):
 
     `net(x)` runs them all, what their paths have in common once, and returns an `Output` by name, the full-net last.
     `net(x, only=["resnet18"])` runs some of them. `net.subnet(name)` takes one out as an ordinary network.
+
+    Its state dict holds every tensor once, a shared one under its name in the deepest net that has it; loading one
+    fills them all. So whoever goes through a state dict, to save or to average it, meets no tensor twice.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class DDNN(nn.Module):
             # Kept with the weights: a net whose statistics were never recomputed must not pass for a finished one.
             self.register_buffer("calibrated", torch.tensor(False))
             self.calibrated: Tensor
+        self.register_state_dict_post_hook(keep_each_once)
+        self.register_load_state_dict_pre_hook(give_to_all)
 
     @property
     def full_name(self) -> str:

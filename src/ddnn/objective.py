@@ -11,6 +11,7 @@ For a batch, z_k the logits of net k, K the full-net, F_ks its feature at the en
 features of the same resolution); formulas and weights are this project's. With a single net, L is cross-entropy.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -35,8 +36,15 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Summed over classes, mean over the batch; T^2 keeps the size of its gradient independent of T (Hinton et al. 2015,
     arXiv 1503.02531). No gradient flows to the teacher.
     """
-    log_p = F.log_softmax(teacher.detach().to(_precision(teacher)) / temperature, dim=1)
-    log_q = F.log_softmax(student.to(_precision(student)) / temperature, dim=1)
+    return _kl(student, _log_posterior(teacher.detach(), temperature), temperature)
+
+
+def _log_posterior(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.to(_precision(logits)) / temperature, dim=1)
+
+
+def _kl(student: Tensor, log_p: Tensor, temperature: float) -> Tensor:
+    log_q = _log_posterior(student, temperature)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -119,7 +127,8 @@ class EKD:
 
     Arguments are the weights of the formula above: `kl` is lambda_kl, `attention` lambda_at, `subnet_weight` w_k as one
     number for all sub-nets or one by name. A term whose weight is 0 is not computed and does not appear. With
-    `labels="full-net"` the sub-nets learn by distillation alone, without their cross-entropy.
+    `labels="full-net"` the sub-nets learn by distillation alone, without their cross-entropy. `ramp` holds distillation
+    back at first, see `at`.
     """
 
     def __init__(
@@ -132,6 +141,7 @@ class EKD:
         subnet_weight: float | Mapping[str, float] = 1.0,
         labels: Literal["all", "full-net"] = "all",
         label_smoothing: float = 0.0,
+        ramp: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         if not temperature > 0:
             raise DDNNError(f"temperature={temperature} must be above 0")
@@ -140,6 +150,8 @@ class EKD:
             raise DDNNError("kl, attention, subnet_weight and label_smoothing must not be negative")
         if attention_map not in ATTENTION_MAPS:
             raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
+        if not 0 <= ramp[0] <= ramp[1] <= 1:
+            raise DDNNError(f"ramp={ramp} must be two shares of the training, 0 <= first <= second <= 1")
         if labels not in ("all", "full-net"):
             raise DDNNError(f"labels={labels!r} is not one of all, full-net")
         self.temperature = temperature
@@ -149,6 +161,21 @@ class EKD:
         self.subnet_weight = subnet_weight
         self.labels = labels
         self.label_smoothing = label_smoothing
+        self.ramp = ramp
+
+    def at(self, progress: float) -> "EKD":
+        """The objective when this share of the training is over, from 0 to 1: `kl` and `attention` as `ramp` has them.
+
+        They are 0 before the first of its two shares, whole from the second on, and rise evenly between. A teacher that
+        knows little more than its students holds itself back; with the default `(0, 0)` it teaches from the beginning.
+        """
+        first, second = self.ramp
+        if progress >= second:
+            return self
+        strength = 0.0 if progress <= first else (progress - first) / (second - first)
+        now = copy.copy(self)
+        now.kl, now.attention = strength * self.kl, strength * self.attention
+        return now
 
     def __call__(
         self, outputs: Mapping[str, Output], target: Tensor, teacher: Output | None = None
@@ -167,16 +194,17 @@ class EKD:
             if teacher is None:
                 full, teacher = students.popitem()
                 terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
+            # what the teacher has to say is the same for all students
             teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and students else []
+            log_p = _log_posterior(teacher.logits.detach(), self.temperature) if self.kl and students else None
             for name, student in students.items():
                 weight = self._weight(name)
                 if weight == 0:
                     continue
                 if self.labels == "all":
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
-                if self.kl:
-                    distance = kl_divergence(student.logits, teacher.logits, self.temperature)
-                    terms[f"{name}/kl"] = weight * self.kl * distance
+                if log_p is not None:
+                    terms[f"{name}/kl"] = weight * self.kl * _kl(student.logits, log_p, self.temperature)
                 if self.attention:
                     distance = _map_distance(student.features, teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * self.attention * distance

@@ -18,6 +18,7 @@ from ddnn.errors import RecipeError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
@@ -138,10 +139,22 @@ class Objective(Section):
     """w_k: weight of all terms of a sub-net, one number for all or one by name; the full-net's weight is 1."""
     labels: Literal["all", "full-net"] = "all"
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
+    ramp: tuple[Share, Share] = (0.0, 0.0)
+    """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between."""
     teacher: Path | None = None
     """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Self:
+        if self.ramp[0] > self.ramp[1]:
+            raise ValueError(
+                f"ramp={list(self.ramp)} ends before it begins; the second share must not be below the first"
+            )
+        if self.ramp[1] > 0 and self.labels == "full-net":
+            raise ValueError("ramp leaves sub-nets without labels nothing to learn from at first; set ramp=[0, 0]")
+        return self
 
 
 class Optim(Section):
@@ -192,6 +205,8 @@ class Train(Section):
     eval_batch_size: Count = 500
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    """CPU threads of the training; all cores if not given. A sum split among other threads is rounded differently."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16`: autocast of matrix products and convolutions; losses stay in float32."""
     channels_last: bool = True
@@ -269,11 +284,22 @@ def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] =
         raise RecipeError(f"{place} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
-    return _placed(parse(tree, place))
+    return _placed(parse(tree, place), Path(recipe).parent)
 
 
-def _placed(recipe: Recipe) -> Recipe:
-    """With paths that are there made absolute, so that a run can be gone on with from another working folder."""
+def reopen(path: Path) -> Recipe:
+    """The resolved recipe that a run folder or a comparison keeps, to the letter; `RecipeError` if it is damaged."""
+    try:
+        return parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is damaged and cannot be read: {error}") from None
+
+
+def _placed(recipe: Recipe, folder: Path) -> Recipe:
+    """With paths that are there made absolute, so that a run can be gone on with from another working folder.
+
+    `folder` is where the recipe's file lies: a run folder names its teacher from there.
+    """
     changes: dict[str, dict[str, Any]] = {}
     source = Path(recipe.data.source).expanduser()
     if recipe.data.source not in ("", "digits") and source.is_dir():
@@ -281,7 +307,9 @@ def _placed(recipe: Recipe) -> Recipe:
     if recipe.network.weights is not None:
         changes["network"] = {"weights": recipe.network.weights.expanduser().resolve()}
     if recipe.objective.teacher is not None:
-        changes["objective"] = {"teacher": recipe.objective.teacher.expanduser().resolve()}
+        teacher = recipe.objective.teacher.expanduser()
+        beside = folder / teacher
+        changes["objective"] = {"teacher": (beside if beside.is_dir() else teacher).resolve()}
     return recipe.model_copy(
         update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
     )

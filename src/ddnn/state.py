@@ -90,8 +90,8 @@ class State:
     """Of the epoch that is going on."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Spent in this epoch, in all (`total`) and on what."""
-    banked: float = field(default_factory=time.perf_counter)
-    """Until when `total` is counted."""
+    banked: tuple[float, float] = field(default_factory=lambda: _now())
+    """Until when `total` and `cpu` are counted."""
 
     @classmethod
     def fresh(cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device) -> "State":
@@ -114,6 +114,11 @@ class State:
             steps_per_epoch=steps_per_epoch,
             device=device,
         )
+
+    @property
+    def objective_now(self) -> EKD:
+        """The objective at this point of the run."""
+        return self.objective.at(self.step / (self.recipe.train.epochs * self.steps_per_epoch))
 
     @property
     def kept_net(self) -> DDNN:
@@ -176,13 +181,23 @@ class State:
             return self.teacher(images, only=[self.teacher.full_name])[self.teacher.full_name]
 
     def bank(self) -> None:
-        """Count the time until now into `total`."""
-        now = time.perf_counter()
-        self.seconds["total"] = self.seconds.get("total", 0.0) + now - self.banked
+        """Count the time until now into `total`, and what the processor worked for this process into `cpu`."""
+        now = _now()
+        for what, until, since in zip(("total", "cpu"), now, self.banked, strict=True):
+            self.seconds[what] = self.seconds.get(what, 0.0) + until - since
         self.banked = now
+
+    def start_clocks(self) -> None:
+        """Count `total` and `cpu` from now on."""
+        self.banked = _now()
 
     def take_seconds(self) -> dict[str, float]:
         """The seconds since they were last taken."""
         self.bank()
         taken, self.seconds = self.seconds, {}
         return {what: round(spent, 3) for what, spent in taken.items()}
+
+
+def _now() -> tuple[float, float]:
+    """Seconds on the clock, and of the processor's work for this process."""
+    return time.perf_counter(), time.process_time()

@@ -135,12 +135,19 @@ class _Costs:
         return total
 
 
+def ghost_of(net: DDNN) -> DDNN:
+    """A copy on the meta device."""
+    copied = ghost(net)
+    assert isinstance(copied, DDNN)
+    return copied
+
+
 class _Search:
     """Looks through the sub-nets of one full-net."""
 
     def __init__(self, alone: DDNN, image_size: int, device: torch.device) -> None:
         self.alone = alone
-        self.ghost = ghost(alone)
+        self.ghost = ghost_of(alone)
         self.name = alone.full_name
         self.full = alone.depths[self.name]
         self.floors = tuple(max(1, math.ceil(FLOOR * blocks)) for blocks in self.full)
@@ -157,8 +164,8 @@ class _Search:
         smallest = self._macs_of(self.floors) / self.macs
         if not smallest - NEAR <= share < 1:
             raise NestingError(
-                f"no sub-net of {self.name} has {label}: a share must be below 1, and the smallest that keeps a quarter "
-                f"of every stage, {self.floors}, has {smallest:.0%}"
+                f"no sub-net of {self.name} has {label}: a share must be below 1, and the smallest that keeps a "
+                f"quarter of every stage, {self.floors}, has {smallest:.0%}"
             )
         picked = {kind: self._approach(kind, costs, share * self.macs, self._macs_of) for kind in KINDS}
         return self._proposals(f"macs{round(100 * share)}", label, picked, measured=False)
@@ -169,8 +176,8 @@ class _Search:
         full, smallest = costs.of(self.full), costs.of(self.floors)
         if not smallest - NEAR * full <= wish < full:
             raise NestingError(
-                f"no sub-net of {self.name} takes {label} here: the full-net takes {full:.3g} ms, and the smallest that "
-                f"keeps a quarter of every stage, {self.floors}, about {smallest:.3g} ms"
+                f"no sub-net of {self.name} takes {label} here: the full-net takes {full:.3g} ms, and the smallest "
+                f"that keeps a quarter of every stage, {self.floors}, about {smallest:.3g} ms"
             )
         picked = {kind: self._approach(kind, costs, wish, self.latency) for kind in KINDS}
         return self._proposals(f"ms{wish:g}".replace(".", "_"), label, picked, measured=True)
@@ -309,9 +316,10 @@ class _Search:
         subnet = next(iter(net.nets.values()))
         work, added = macs(subnet, self.image_size), macs(net, self.image_size) - self.macs
         kept = [d / blocks for d, blocks in zip(depths, self.full, strict=True) if blocks > 1] or [1.0]
+        more = f"{added / self.macs:.0%} more than the full-net's" if added > 0.005 * self.macs else "hardly more"
         reasons = {
-            "late": f"its path parts as late as it can: {1 - added / work:.0%} of its work is the full-net's own, so a joint step does "
-            + (f"{added / self.macs:.0%} more than the full-net's" if added > 0.005 * self.macs else "hardly more"),
+            "late": f"its path parts as late as it can: {1 - added / work:.0%} of its work is the full-net's own, so a "
+            f"joint step does {more}",
             "balanced": f"the stages keep the most equal shares of their blocks, {min(kept):.0%} to {max(kept):.0%}",
         }
         return Proposal(

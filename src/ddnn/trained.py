@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ddnn import data
 from ddnn.build import build
-from ddnn.checkpoint import RunFolder, write_atomic
+from ddnn.checkpoint import RunFolder
 from ddnn.data import DataSet
 from ddnn.device import threads
 from ddnn.errors import RunError
 from ddnn.evaluate import evaluate
+from ddnn.files import write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
 

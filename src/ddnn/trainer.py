@@ -25,7 +25,7 @@ from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
-from ddnn.device import PeakMemory, choose_device, make_deterministic, threads
+from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads
 from ddnn.errors import RunError
 from ddnn.evaluate import accuracy, evaluate
 from ddnn.network import DDNN, recalibrate
@@ -59,24 +59,27 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
         return summary
     recipe = run.recipe
     device = choose_device(recipe.train.device)
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
     dataset = load_data(recipe)
     check_same_data(run, dataset)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)
+    keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = run.load_checkpoint()
     network = recipe.network if kept is None else recipe.network.unweighted()
     state = State.fresh(recipe, build(network, len(dataset.classes), dataset.image_size), steps, device)
     if recipe.objective.teacher is not None:
-        state.teacher = load_teacher(recipe.objective.teacher, dataset, device)
+        state.teacher = load_teacher(run.path / recipe.objective.teacher, dataset, device)
     if kept is not None:
         state.load(kept)
     run.write_json("run.json", describe(recipe, dataset, device))
     epochs = [epoch for epoch in run.metrics() if epoch["epoch"] <= state.step // steps]
 
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
-    state.banked = time.perf_counter()
+    state.start_clocks()
     with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1)) as events:
         while state.step < recipe.train.epochs * steps:
             train_epoch(state, dataset, run, progress)
@@ -150,7 +153,7 @@ def _backward(
     with state.autocast():
         outputs = state.forward(images)
         teacher = state.taught(images)
-    terms = state.objective(outputs, target, teacher)
+    terms = state.objective_now(outputs, target, teacher)
     (share * torch.stack(list(terms.values())).sum()).backward()
     return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
 
@@ -162,7 +165,7 @@ def _lean_backward(
     with state.autocast():
         teacher = state.taught(images)
     return branchwise_backward(
-        state.net, state.objective, images, target, teacher, scale=share, autocast=state.autocast
+        state.net, state.objective_now, images, target, teacher, scale=share, autocast=state.autocast
     )
 
 
@@ -186,6 +189,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
         "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
+        "cpu_seconds": sum(epoch["seconds"]["cpu"] for epoch in epochs),
         "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
         "step_cost": step_cost(
             net,

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ddnn.data import augment
-from ddnn.data.decode import UnreadableError
 from ddnn.data.sets import DataSet, Held, Images, Stored
 from ddnn.errors import DataError
+from ddnn.picture import UnreadableError
 from ddnn.recipe import Recipe
 
 

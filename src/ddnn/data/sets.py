@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from statistics import median_low
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ddnn.data import decode, sources
 from ddnn.data.augment import for_evaluation, stream
 from ddnn.data.sources import Labelled
 from ddnn.errors import DataError
+from ddnn.picture import UnreadableError
 from ddnn.recipe import Data
 
 Colour = tuple[float, float, float]
@@ -35,6 +37,10 @@ class Images:
         """One image in RGB. Raises `UnreadableError`."""
         raise NotImplementedError
 
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Held(Images):
@@ -45,6 +51,10 @@ class Held(Images):
     def picture(self, index: int) -> Image.Image:
         """One image in RGB, S x S."""
         return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        return replace(self, labels=self.labels[which], pixels=self.pixels[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +72,10 @@ class Stored(Images):
     def picture(self, index: int) -> Image.Image:
         """One image in RGB, as large as it is stored. Raises `UnreadableError`."""
         return decode.rgb(self.files.reader, int(self.files.index[index]))
+
+    def take(self, which: Tensor) -> Self:
+        """The images at the places `which` (int64)."""
+        return replace(self, labels=self.labels[which], files=self.files.take(which))
 
     def skip(self, index: int, reason: str) -> None:
         """Report an image that could not be read. Raises `DataError` once there are too many."""
@@ -242,7 +256,7 @@ def _sizes(data: Data, images: Labelled, skipped: decode.Skipped) -> list[tuple[
     for index in _spread(images, 256).index.tolist():
         try:
             sizes.append(decode.size(images.reader, index))
-        except decode.UnreadableError as error:
+        except UnreadableError as error:
             skipped.add(images.reader.name(index), str(error))
     if not sizes:
         raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
@@ -268,7 +282,7 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> He
                 picture = decode.rgb(images.reader, numbers[place])
                 fits = picture.size == (size, size) == (side, side)
                 pixels[place] = np.asarray(picture).transpose(2, 0, 1) if fits else fit(picture).numpy()
-            except decode.UnreadableError as error:
+            except UnreadableError as error:
                 failed.append((place, str(error)))
         return failed
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddnn.data.decode import FORMATS, Reader
+from ddnn.data.decode import Reader
 from ddnn.errors import DataError
+from ddnn.picture import FORMATS
 from ddnn.recipe import Data
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")

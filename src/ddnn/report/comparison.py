@@ -46,6 +46,7 @@ class Method(_Part):
     subnets: dict[str, list[Share | None]]
     """Top-1 accuracy of each net, one per seed; None where the run is not finished."""
     seconds: Amount | None
+    cpu_seconds: Amount | None = None
     macs_per_step: Amount | None
     peak_memory_mb: Amount | None
     runs: dict[str, list[str]]

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ddnn.figure import legend, name_nets, new_figure
 from ddnn.report.sentences import HERO, TIMES
-from ddnn.report.style import label_rows, legend, line, name_nets, new_figure, panels_of, style
+from ddnn.report.style import label_rows, line, panels_of, style
 from ddnn.report.summary import BASELINE, COSTS, Summary, label
 
 if TYPE_CHECKING:
@@ -122,10 +123,12 @@ def cost(summary: Summary) -> "Figure | None":
     costs = [cost for cost in summary.costs if any(ratio is not None for ratio in cost.relative.values())]
     if not any(found.method != BASELINE for found in costs):
         return None
-    names = dict(zip(COSTS, ("wall-clock time", "MACs per step", "peak memory"), strict=True))
+    names = {what: name for what, name in COSTS.items() if any(found.relative[what] for found in costs)}
+    if "cpu_seconds" in names:
+        names.pop("seconds", None)  # the same but for what else the machine did
     most = max(ratio or 1.0 for found in costs for ratio in found.relative.values())
     figure, panels = panels_of(list(names.values()), row_height=0.75 + 0.27 * len(costs), sharey=True)
-    for what, axes in zip(COSTS, panels.values(), strict=True):
+    for what, axes in zip(names, panels.values(), strict=True):
         ratios = [found.relative[what] for found in costs]
         colours = [{HERO: "#0072B2", BASELINE: "#222222"}.get(found.method, "#B5B5B5") for found in costs]
         axes.barh(range(len(costs)), [ratio or 0.0 for ratio in ratios], height=0.62, color=colours)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ddnn.checkpoint import write_atomic
+from ddnn import page
 from ddnn.errors import RunError
+from ddnn.figure import Drawing, inline
+from ddnn.files import write_atomic
 from ddnn.report import sentences, tables
 from ddnn.report.comparison import read, read_curves
-from ddnn.report.drawing import Drawing, draw_all, inline
+from ddnn.report.drawing import draw_all
 from ddnn.report.summary import Summary, summary_of
 
 
@@ -99,8 +100,6 @@ def _contents_line(section: Section) -> str:
 
 
 def _page(sections: Sequence[Section]) -> str:
-    environment = Environment(
-        loader=PackageLoader("ddnn.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("page.html").render(sections=sections, sentences=sentences, tables=tables)
+    return page.render(
+        Path(__file__).parent / "templates", "page.html", sections=sections, sentences=sentences, tables=tables
+    )

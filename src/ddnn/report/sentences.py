@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddnn.report.comparison import LABELS, Comparison, Curves
-from ddnn.report.summary import BASELINE, Summary, label
+from ddnn.report.summary import BASELINE, COSTS, Summary, label
 
 HERO = "ekd"
 MINUS = "\N{MINUS SIGN}"
@@ -88,9 +88,8 @@ def headline(summary: Summary) -> str:
 def price(summary: Summary) -> str:
     """What DDNN-EKD costs, in units of training every depth alone."""
     cost = summary.cost(HERO)
-    names = {"seconds": "wall-clock time", "macs_per_step": "MACs per step", "peak_memory_mb": "peak memory"}
     known = [
-        f"{ratio:.2f}{TIMES} the {names[what]}" for what, ratio in (cost.relative if cost else {}).items() if ratio
+        f"{ratio:.2f}{TIMES} the {COSTS[what]}" for what, ratio in (cost.relative if cost else {}).items() if ratio
     ]
     if not known:
         return f"Price: not known before one whole seed of {label(HERO)} and of {label(BASELINE)} is finished."

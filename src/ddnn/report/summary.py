@@ -58,7 +58,14 @@ class Cost:
     """The same, divided by that of training every depth alone."""
 
 
-COSTS = ("seconds", "macs_per_step", "peak_memory_mb")
+COSTS = {
+    "seconds": "wall-clock time",
+    "cpu_seconds": "processor time",
+    "macs_per_step": "MACs per step",
+    "peak_memory_mb": "peak memory",
+}
+"""What a method costs, and what people call it. Processor time is what wall-clock time would be, times the threads, if
+nothing else ran on the machine."""
 
 
 @dataclass(frozen=True)

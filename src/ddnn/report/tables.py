@@ -1,31 +1,14 @@
 """The numbers of a comparison in tables, the same for Markdown and HTML."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from ddnn.page import Cell, Table
 from ddnn.report import sentences
 from ddnn.report.sentences import TIMES, percent, points
 from ddnn.report.summary import COSTS, Row, Summary, label, summarise
 
 NOTHING = "\N{EM DASH}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: the number, what belongs to it, and whether to stress it."""
-
-    text: str
-    detail: str = ""
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings, and rows whose first cell names them."""
-
-    headings: list[str]
-    rows: list[list[Cell]]
 
 
 def accuracy_table(summary: Summary) -> Table:
@@ -53,7 +36,12 @@ def _accuracy(summary: Summary, row: Row) -> Cell:
 
 def cost_table(summary: Summary) -> Table:
     """Methods by costs, each with its ratio to training every depth alone."""
-    show = {"seconds": _duration, "macs_per_step": _short, "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB"}
+    show = {
+        "seconds": _duration,
+        "cpu_seconds": _duration,
+        "macs_per_step": amount,
+        "peak_memory_mb": lambda megabytes: f"{megabytes:,.0f} MB",
+    }
     rows = []
     for cost in summary.costs:
         cells = [_head(cost.method)]
@@ -62,7 +50,7 @@ def cost_table(summary: Summary) -> Table:
             text = NOTHING if value is None else show[what](value)
             cells.append(Cell(text, "" if ratio is None else f"{ratio:.2f}{TIMES}"))
         rows.append(cells)
-    return Table(["method", "wall-clock time", "MACs per step", "peak memory"], rows)
+    return Table(["method", *COSTS.values()], rows)
 
 
 def net_table(summary: Summary) -> Table:
@@ -72,7 +60,7 @@ def net_table(summary: Summary) -> Table:
         cells = [Cell(NOTHING)] * 4
         if net := summary.comparison.nets.get(name):
             depths = "-".join(map(str, net.depths))
-            cells = [Cell(depths), Cell(_short(net.params)), Cell(_short(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
+            cells = [Cell(depths), Cell(amount(net.params)), Cell(amount(net.macs)), Cell(f"{net.latency_ms:.2f} ms")]
         rows.append([Cell(_net(summary, name)), *cells])
     return Table(["net", "depths", "parameters", "MACs per image", "latency of one image"], rows)
 
@@ -100,7 +88,7 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
         ("Cost of training all nets (relative to training every depth alone)", cost_table(summary)),
         ("Nets", net_table(summary)),
     ):
-        parts += [f"### {heading}", _markdown_table(table)]
+        parts += [f"### {heading}", markdown_table(table)]
     parts += [f"![{escape(caption)}]({path})" for caption, path in (figures or {}).items()]
     if missing := sentences.missing(summary) if missing is None else missing:
         parts += ["### Missing", _bullets(missing)]
@@ -109,7 +97,8 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table in Markdown, the first column to the left and all others to the right."""
     lines = [[escape(heading) for heading in table.headings], ["---", *["---:"] * (len(table.headings) - 1)]]
     for row in table.rows:
         lines.append([_markdown_cell(cell) for cell in row])
@@ -138,7 +127,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _short(number: float) -> str:
+def amount(number: float) -> str:
+    """A number of parameters or MACs in three digits and a unit."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"

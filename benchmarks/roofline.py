@@ -1,0 +1,220 @@
+"""Where the time of a joint EKD step goes, against what this machine can do.
+
+    python benchmarks/roofline.py [--preset cifar-resnet8-14-20] [--precision bf16] [--json]
+
+The ceilings are measured here: a large matrix product, and every distinct convolution of the step by itself, forward
+and backward, again and again on the same tensors. A step that did nothing but its convolutions at that speed would
+take `convolutions_alone_s`. The rest of the table says what the step really spends its time on, by kind of operator,
+from torch's profiler. Let nothing else run meanwhile.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from step import CASES, CLASSES, machine, stepping
+from torch import Tensor, nn
+
+from ddnn.device import keep_freed_memory
+from ddnn.evaluate import macs
+from ddnn.families import build
+from ddnn.network import DDNN, nest
+from ddnn.objective import EKD
+
+KINDS = {
+    "convolution backward": ("convolution_backward",),
+    "convolution forward": ("mkldnn_convolution", "cudnn_convolution", "aten::_slow_conv", "thnn_conv"),
+    "batch norm": ("batch_norm",),
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "optimiser": ("_fused_sgd", "_fused_adam", "Optimizer."),
+    "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::fill_", "aten::zero_"),
+    "activations, residual sums and their gradients": ("clamp_min", "threshold", "aten::add", "relu"),
+    "attention maps": ("vector_norm", "aten::mul"),
+    "losses": (
+        "softmax",
+        "kl_div",
+        "nll",
+        "aten::exp",
+        "aten::sub",
+        "aten::sum",
+        "aten::mean",
+        "aten::pow",
+        "aten::div",
+    ),
+}
+"""Kinds of operator by what their names contain; the first that fits counts."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=CASES, default="cifar-resnet8-14-20")
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
+    found = measure(arguments.preset, device, arguments.precision == "bf16")
+    if arguments.json:
+        print(json.dumps(found | {"machine": machine(device, arguments.precision)}, indent=2))
+    else:
+        show(found)
+
+
+def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
+    case = CASES[preset]
+    torch.manual_seed(0)
+    full_net, table = build(preset, CLASSES)
+    net = nest(full_net, table).to(device, memory_format=torch.channels_last).train()
+    x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
+    target = torch.randint(CLASSES, (case.batch,), device=device)
+    objective = EKD()
+
+    def backward(of: DDNN) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = of(x)
+        torch.stack(list(objective(outputs, target).values())).sum().backward()
+
+    step = stepping(net, backward)
+    seconds = median_seconds(step, device)
+    operations = 2 * 3 * macs(net, case.size) * case.batch
+    alone, ceilings = convolutions(net, x, bf16)
+    return {
+        "preset": preset,
+        "batch": case.batch,
+        "step_s": seconds,
+        "step_operations": operations,
+        "step_flops": operations / seconds,
+        "matrix_product_flops": {
+            str(dtype).removeprefix("torch."): matrix_product(dtype, device)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        "convolutions_alone_s": alone,
+        "share_of_convolution_ceiling": alone / seconds,
+        "convolutions": ceilings,
+        "shares": shares(step),
+    }
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, budget_s: float = 4.0) -> float:
+    def timed() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        timed()
+    times, end = [timed() for _ in range(3)], time.perf_counter() + budget_s
+    while time.perf_counter() < end and len(times) < 200:
+        times.append(timed())
+    return statistics.median(times)
+
+
+def matrix_product(dtype: torch.dtype, device: torch.device, n: int = 2048) -> float:
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / median_seconds(lambda: a @ b, device, budget_s=1.5)
+
+
+def convolutions(net: DDNN, x: Tensor, bf16: bool) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of all convolutions of one step by themselves; and each distinct one with the speed it reaches."""
+    calls: Counter[tuple[Any, ...]] = Counter()
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        calls[tuple(inputs[0].shape), tuple(module.weight.shape), module.stride, module.padding, module.groups] += 1
+
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    total, rows = 0.0, []
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    for (shape, weight_shape, stride, padding, groups), count in calls.items():
+        image, weight = (
+            torch.randn(s, device=x.device).to(dtype).to(memory_format=torch.channels_last)
+            for s in (shape, weight_shape)
+        )
+        options = (list(stride), list(padding), [1, 1], False, [0, 0], groups)
+        output = torch.ops.aten.convolution(image, weight, None, *options)
+        gradient = torch.randn_like(output)
+        wants_image = shape[1] != 3  # nothing needs the gradient of the images
+        forward = median_seconds(
+            lambda i=image, w=weight, o=options: torch.ops.aten.convolution(i, w, None, *o), x.device, 0.15
+        )
+        back = median_seconds(
+            lambda i=image, w=weight, o=options, g=gradient, m=wants_image: torch.ops.aten.convolution_backward(
+                g, i, w, None, *o, [m, True, False]
+            ),
+            x.device,
+            0.15,
+        )
+        operations = 2 * output.numel() * weight[0].numel()
+        total += count * (forward + back)
+        rows.append(
+            {
+                "input": list(shape[1:]),
+                "weight": list(weight_shape),
+                "stride": stride[0],
+                "calls": count,
+                "forward_flops": operations / forward,
+                "backward_flops": (2 if wants_image else 1) * operations / back,
+            }
+        )
+    return total, rows
+
+
+def shares(step: Callable[[], object], steps: int = 5) -> dict[str, float]:
+    """Share of each kind of operator in the time of a step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+    spent: Counter[str] = Counter()
+    for event in profile.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
+        spent[kind] += event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+    return {kind: time / spent.total() for kind, time in spent.most_common()}
+
+
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=120)
+    table = Table(title=f"a joint EKD step of {found['preset']}, batch {found['batch']}")
+    table.add_column("what")
+    table.add_column("is", justify="right")
+    giga = 1e9
+    table.add_row("step", f"{1000 * found['step_s']:.1f} ms")
+    table.add_row("operations of a step (2 x MACs, backward twice forward)", f"{found['step_operations'] / giga:.1f} G")
+    table.add_row("speed reached", f"{found['step_flops'] / giga:.0f} G/s")
+    for name, flops in found["matrix_product_flops"].items():
+        table.add_row(f"ceiling: matrix product, {name}", f"{flops / giga:.0f} G/s")
+    table.add_row("ceiling: its convolutions by themselves", f"{1000 * found['convolutions_alone_s']:.1f} ms")
+    table.add_row("share of that ceiling reached", f"{found['share_of_convolution_ceiling']:.2f}")
+    console.print(table)
+    kinds = Table(title="where the time goes")
+    kinds.add_column("kind of operator")
+    kinds.add_column("share", justify="right")
+    for kind, share in found["shares"].items():
+        kinds.add_row(kind, f"{share:.1%}")
+    console.print(kinds)
+    each = Table(title="convolutions by themselves")
+    for head in ("input", "weight", "stride", "calls", "forward G/s", "backward G/s"):
+        each.add_column(head, justify="right")
+    for row in found["convolutions"]:
+        flops = [f"{row[key] / giga:.0f}" for key in ("forward_flops", "backward_flops")]
+        each.add_row(str(row["input"]), str(row["weight"]), str(row["stride"]), str(row["calls"]), *flops)
+    console.print(each)
+
+
+if __name__ == "__main__":
+    main()

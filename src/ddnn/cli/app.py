@@ -1,0 +1,49 @@
+"""What the verbs hang on, and how an error ends. Exit code 0 is success, 1 a failed run, 2 something asked wrongly."""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from ddnn.errors import BudgetError, BundleError, DDNNError, ExportError, HubError, RunError
+from ddnn.extras import advice
+from ddnn.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="One training run, several nested networks: depth-level dynamic networks (DDNN) trained with embedded "
+    "knowledge distillation (EKD).",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ddnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line; an error that speaks to the user is printed without a traceback."""
+    try:
+        app()
+    except DDNNError as error:
+        typer.echo(f"error: {error}", err=True)
+        failed = isinstance(error, RunError | ExportError | BundleError | BudgetError | HubError)
+        raise SystemExit(1 if failed else 2) from None
+    except ModuleNotFoundError as error:
+        if (sentence := advice(error)) is None:
+            raise
+        typer.echo(f"error: {sentence}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,33 @@
+"""Which optional packages belong to which extra, so that a missing one ends in a sentence."""
+
+PACKAGES = {
+    "train": (
+        "torch",
+        "torchvision",
+        "datasets",
+        "huggingface_hub",
+        "pydantic",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "tomli_w",
+    ),
+    "timm": ("timm",),
+    "examples": ("accelerate", "lightning", "transformers"),
+    "export": ("onnx", "onnx_ir", "onnxscript"),
+    "runtime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
+    "figures": ("jinja2", "markupsafe", "matplotlib"),
+}
+"""Import names by extra."""
+
+
+def advice(error: ModuleNotFoundError) -> str | None:
+    """What to install where a package of an extra is missing; None where another one is."""
+    missing = (error.name or "").partition(".")[0]
+    for extra, packages in PACKAGES.items():
+        if missing in packages:
+            return f"this needs {missing}, which is not installed; it comes with: pip install 'ddnn[{extra}]'"
+    return None

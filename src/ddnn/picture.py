@@ -1,0 +1,55 @@
+"""From an image file to upright RGB pixels, the same in training and on a device."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Formats that PIL decodes by itself. Its others include some that start programs (EPS) or serve no photographs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+class UnreadableError(Exception):
+    """An image cannot be decoded; the text says why."""
+
+
+def size(open_image: Callable[[], Image.Image]) -> tuple[int, int]:
+    """Width and height in pixels as the header has them. Raises `UnreadableError`."""
+    try:
+        with open_image() as image:
+            return image.size
+    except Exception as error:  # see `rgb`
+        raise UnreadableError(_reason(error)) from None
+
+
+def rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
+    """The image upright, in mode RGB; 16-bit grey is scaled down, alpha is dropped. Raises `UnreadableError`.
+
+    `open_image` reads the header of an image whose pixels are not decoded yet.
+    """
+    try:
+        with open_image() as image:
+            limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns up to twice this
+            if limit and image.width * image.height > limit:
+                raise UnreadableError(f"{image.width} x {image.height} pixels are more than PIL's limit of {limit}")
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except UnreadableError:
+        raise
+    except Exception as error:  # PIL raises nearly anything on a broken file: SyntaxError, struct.error, IndexError
+        raise UnreadableError(_reason(error)) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # PIL's own conversion clips at 255, which turns most pixels white
+        grey = np.asarray(image).clip(0, 65535) // 256
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UnreadableError("pixels are floats without a known range; store 8 or 16 bits")
+    if "transparency" in image.info:  # straight to RGB, PIL warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

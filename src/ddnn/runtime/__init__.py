@@ -1,0 +1,16 @@
+"""Bundles on a device: loaded, measured, picked from, run. Needs numpy, onnxruntime and Pillow, and no torch.
+
+manifest.py    what a bundle says of itself, and whether its files are as it says
+pixels.py      from images to what the nets are given
+sessions.py    graphs made ready to run; shared.py: over one memory map of the weights; graphs.py: ONNX files
+model.py       `load` and what it returns
+profile.py     what every depth takes on this machine.py; footprint.py: in memory; `pick`
+cascade.py     start shallow, go deeper only where unsure
+tuning.py      its thresholds.py, chosen on heldout.py images, and the measured curve.py
+output.py      sentences.py, tables.py and figures.py on a page
+"""
+
+from ddnn.runtime.cascade import Cascaded
+from ddnn.runtime.model import Model, Prediction, load
+
+__all__ = ["Cascaded", "Model", "Prediction", "load"]

@@ -1,0 +1,165 @@
+"""The cascade on a machine, kept with its bundle: accuracy against measured milliseconds, beside every depth alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ddnn.errors import BudgetError, BundleError, RequestError
+from ddnn.files import write_atomic
+from ddnn.runtime.machine import Machine
+from ddnn.runtime.manifest import Manifest
+from ddnn.runtime.profile import machine_folder
+
+VERSION = 1
+NAME = "cascade.json"
+
+
+class Took(NamedTuple):
+    """Milliseconds of a call with one batch."""
+
+    mean: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A fixed depth, or a cascade with some thresholds."""
+
+    name: str
+    """Of the fixed depth; "" of a cascade."""
+    thresholds: list[float]
+    """Empty for a fixed depth."""
+    chosen_on: float
+    """Accuracy on the images that thresholds were chosen on."""
+    accuracy: float
+    """Accuracy on the images they are judged by."""
+    share: list[float]
+    """Of the latter images, answered by each net."""
+    macs: float
+    """Mean multiply-accumulates of one image."""
+    took: dict[int, Took]
+    """By batch size."""
+
+    @property
+    def sure(self) -> float:
+        """The accuracy to rely on: the lower of both."""
+        return min(self.chosen_on, self.accuracy)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All that was measured of a bundle's cascade on one machine."""
+
+    bundle: str
+    """Digest of the manifest."""
+    machine: Machine
+    measured: str
+    threads: int
+    shared: bool
+    nets: list[str]
+    """Shallow to deep."""
+    images: dict[str, str]
+    """What thresholds were chosen on and judged by, and how many those were, for a person."""
+    judged: int
+    """Images they are judged by."""
+    through: dict[int, Took]
+    """Of a cascade whose images all go all the way, by batch size."""
+    calls: dict[int, int]
+    """Calls that latencies are means over, by batch size."""
+    busy: float
+    """Share of the time in which this process was kept from running by other work on the machine."""
+    fixed: list[Point]
+    points: list[Point]
+    """Cheap to dear."""
+    chosen: int = 0
+    """Which point `ddnn predict --cascade` takes."""
+    wanted: str = ""
+    """What that was chosen for."""
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes measured."""
+        return list(self.calls)
+
+
+def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | None = None) -> Curve:
+    """The curve with the point chosen for a wanted accuracy, or a wanted mean latency of a batch of the first size.
+
+    Without either, for the accuracy of the most accurate depth, or as near as it gets. Raises `BudgetError` if no point
+    meets what is wanted, saying by how much.
+    """
+    batch = curve.batches[0]
+    numbered = list(enumerate(curve.points))
+
+    def latency(pair: tuple[int, Point]) -> float:
+        return pair[1].took[batch].mean
+
+    if accuracy is not None and latency_ms is not None:
+        raise RequestError("give a wanted accuracy or a wanted latency, not both")
+    if accuracy is not None:
+        enough = [pair for pair in numbered if pair[1].sure >= accuracy]
+        if not enough:
+            most = max(point.sure for point in curve.points)
+            raise BudgetError(
+                f"no thresholds reach an accuracy of {100 * accuracy:.2f} %: the best reach {100 * most:.2f} %, "
+                f"{100 * (accuracy - most):.2f} points less"
+            )
+        return replace(curve, chosen=min(enough, key=latency)[0], wanted=f"an accuracy of {100 * accuracy:.2f} %")
+    if latency_ms is not None:
+        quick = [pair for pair in numbered if latency(pair) <= latency_ms]
+        if not quick:
+            least = min(map(latency, numbered))
+            raise BudgetError(
+                f"no thresholds answer in {latency_ms:g} ms on average (batch {batch}): the quickest take "
+                f"{least:.3g} ms, {least - latency_ms:.3g} ms more"
+            )
+        best = max(quick, key=lambda pair: (pair[1].sure, -latency(pair)))[0]
+        return replace(curve, chosen=best, wanted=f"a mean latency of {latency_ms:g} ms (batch {batch})")
+    most = max(point.accuracy for point in curve.fixed)
+    enough = [pair for pair in numbered if pair[1].accuracy >= most]
+    best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].accuracy)[0]
+    return replace(curve, chosen=best, wanted="the accuracy of the most accurate depth")
+
+
+def write(curve: Curve, manifest: Manifest) -> Path:
+    """Keep a curve with its bundle, and return the folder it is in."""
+    folder = machine_folder(manifest.folder, curve.machine)
+    content = {"format": "ddnn-cascade", "version": VERSION, **asdict(curve)}
+    write_atomic(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return folder
+
+
+def read(manifest: Manifest, machine: Machine) -> Curve:
+    """This machine's curve. Raises `RequestError` where there is none, `BundleError` where it is damaged."""
+    path = machine_folder(manifest.folder, machine) / NAME
+    run = f"run: ddnn cascade {manifest.folder} --data HELD-OUT"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != "ddnn-cascade" or content.pop("version") != VERSION:
+            raise BundleError(f"{path} is of another format than this ddnn reads; remove it and measure again")
+        content["machine"] = Machine(**content["machine"])
+        content["calls"] = {int(batch): count for batch, count in content["calls"].items()}
+        content["through"] = _took(content["through"])
+        for part in ("fixed", "points"):
+            content[part] = [Point(**{**each, "took": _took(each["took"])}) for each in content[part]]
+        found = Curve(**content)
+        thresholds = found.points[found.chosen].thresholds
+        if len(thresholds) != len(found.nets) - 1 or not all(each >= 0 for each in thresholds):
+            raise ValueError("its thresholds are none")
+    except FileNotFoundError:
+        raise RequestError(f"there are no thresholds measured on this machine; {run}") from None
+    except BundleError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}); remove it and measure again") from None
+    if found.bundle != manifest.digest or found.machine != machine:
+        raise RequestError(f"the thresholds here are of another bundle that was here before; {run}")
+    return found
+
+
+def _took(by_batch: Mapping[str, Sequence[float]]) -> dict[int, Took]:
+    return {int(batch): Took(*map(float, each)) for batch, each in by_batch.items()}

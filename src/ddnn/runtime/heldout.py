@@ -1,0 +1,104 @@
+"""Labelled images that nothing was trained on, from a folder or a file, cut as the nets take them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ddnn.errors import RequestError
+from ddnn.runtime.manifest import Manifest
+from ddnn.runtime.pixels import Pixels, open_rgb, square, squares
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
+ALLOWED = (
+    "a folder of class folders (<class>/*.jpg), or an .npz file with images, uint8 [N, H, W, 3], and labels, whole "
+    "numbers [N]"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """N images and their classes."""
+
+    pixels: Pixels
+    """uint8 [N, S, S, 3]."""
+    labels: npt.NDArray[np.int64]
+    """[N]."""
+    about: str
+    """What they are, for a person."""
+    skipped: int = 0
+    """Files that could not be read."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def halves(self) -> tuple["HeldOut", "HeldOut"]:
+        """Two halves at random, the same at every call."""
+        order = np.random.default_rng(0).permutation(len(self))
+        first, second = (HeldOut(self.pixels[i], self.labels[i], self.about) for i in (order[::2], order[1::2]))
+        return first, second
+
+
+def read(path: Path, manifest: Manifest, limit: int) -> HeldOut:
+    """At most `limit` labelled images at random, the same at every call. Raises `RequestError`."""
+    if path.is_dir():
+        return _folder(path, manifest, limit)
+    if path.suffix == ".npz" and path.is_file():
+        return _arrays(path, manifest, limit)
+    raise RequestError(f"{path} is no held-out data; allowed are {ALLOWED}")
+
+
+def _folder(root: Path, manifest: Manifest, limit: int) -> HeldOut:
+    folders = sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    unknown = [each.name for each in folders if each.name not in manifest.classes]
+    if unknown or not folders:
+        what = f"its folder {unknown[0]} is no class of the bundle" if unknown else "it has no class folders"
+        raise RequestError(f"{root} cannot be used: {what}; allowed are folders named {_some(manifest.classes)}")
+    files = [
+        (path, manifest.classes.index(folder.name))
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    ]
+    pixels: list[Pixels] = []
+    labels: list[int] = []
+    failed: list[str] = []
+    for number in np.random.default_rng(0).permutation(len(files)):
+        if len(pixels) == limit:
+            break
+        path, label = files[number]
+        try:
+            pixels.append(square(open_rgb(path), manifest.input))
+            labels.append(label)
+        except RequestError as error:
+            failed.append(str(error))
+    if not pixels:
+        raise RequestError(f"{root} cannot be used: {failed[0] if failed else 'its folders hold no images'}")
+    about = f"{len(pixels)} of the {len(files)} images in {root}"
+    return HeldOut(np.stack(pixels), np.array(labels, dtype=np.int64), about, len(failed))
+
+
+def _arrays(path: Path, manifest: Manifest, limit: int) -> HeldOut:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+    except Exception as error:  # NumPy and zipfile raise nearly anything on a damaged file
+        reason = str(error).partition("\n")[0]
+        raise RequestError(f"{path} cannot be read: {reason}; allowed is {ALLOWED}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise RequestError(f"{path}: images are {images.dtype} {list(images.shape)}; allowed is uint8 [N, H, W, 3]")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise RequestError(
+            f"{path}: labels are {labels.dtype} {list(labels.shape)}; allowed are whole numbers [{len(images)}]"
+        )
+    if labels.min() < 0 or labels.max() >= len(manifest.classes):
+        raise RequestError(f"{path}: labels must be numbers of the bundle's classes, 0 to {len(manifest.classes) - 1}")
+    chosen = np.random.default_rng(0).permutation(len(images))[:limit]
+    about = f"{len(chosen)} of the {len(images)} images in {path}"
+    return HeldOut(squares(images[chosen], manifest.input), labels[chosen].astype(np.int64), about)
+
+
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (f" ... ({len(classes)} classes)" if len(classes) > 5 else "")

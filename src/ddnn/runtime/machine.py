@@ -1,0 +1,115 @@
+"""The machine a bundle runs on: what tells it from others, its CPUs, the memory of a process."""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime
+
+_SIMD = re.compile(r"avx|sse|fma|amx|f16c|asimd|neon|sve|sme|i8mm|bf16|fphp|rvv")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What latency depends on, as far as software can tell. Equal machines share their measurements."""
+
+    cpu: str
+    """Model of the processor."""
+    cpus: int
+    """CPUs that this process may use."""
+    simd: str
+    """Instructions for vectors that the processor has, as the operating system calls them."""
+    system: str
+    """Operating system and architecture."""
+    onnxruntime: str
+    """Version of onnxruntime."""
+
+    @property
+    def key(self) -> str:
+        """Short name of all of it, fit for a folder."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.cpus} CPU{'s' if self.cpus > 1 else ''}, onnxruntime {self.onnxruntime}"
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    cpu, simd = _processor()
+    return Machine(cpu, available_cpus(), simd, f"{platform.system()} {platform.machine()}", onnxruntime.__version__)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: those it is bound to, fewer where a control group grants less time; at least one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(count, _granted())))
+
+
+def _granted() -> float:
+    """CPUs' worth of time that the control group of a container grants."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return float("inf")
+    return int(quota) / int(period) if quota not in ("max", "-1") else float("inf")
+
+
+def _processor() -> tuple[str, str]:
+    """Model and vector instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor", ""
+    about: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        about.setdefault(name.strip().lower(), value.strip())
+    flags = about.get("flags") or about.get("features") or about.get("isa") or ""
+    simd = " ".join(sorted({flag for flag in flags.split() if _SIMD.search(flag)}))
+    with contextlib.suppress(OSError):  # boards name themselves better than their processor does
+        board = Path("/proc/device-tree/model").read_text(errors="replace").strip("\0 \n")
+        return board, simd
+    parts = [about[name] for name in ("cpu implementer", "cpu part") if name in about]
+    return about.get("model name") or " ".join(parts) or platform.processor() or "unknown processor", simd
+
+
+def resident_mb() -> float | None:
+    """MiB of this process in memory now; None where the system does not say."""
+    return _status_mb("VmRSS")
+
+
+def peak_mb() -> float | None:
+    """Most MiB of this process that ever were in memory; None where the system does not say."""
+    if (peak := _status_mb("VmHWM")) is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _status_mb(field: str) -> float | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{field}:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return None
+
+
+def give_back() -> None:
+    """Let the allocator return what is free to the system; without it, loading weights leaves as much again behind."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries than glibc have no such call
+        ctypes.CDLL(None).malloc_trim(0)

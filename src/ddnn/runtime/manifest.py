@@ -1,0 +1,317 @@
+"""The manifest of a bundle, read strictly, and the check of the files it names.
+
+Nothing is believed: a manifest may be damaged, of a newer format or made to harm. Whatever it says is checked before it
+is used, and the files it names must lie in the bundle's own folder and have the size and checksum it says.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ddnn.errors import BundleError
+from ddnn.version import __version__
+
+NAME = "manifest.json"
+FORMAT = "ddnn-bundle"
+VERSION = 1
+IMAGES = "images"
+LOGITS = "logits"
+MOST_BYTES = 64 * 2**20
+"""A larger manifest is not read."""
+
+_FOR_PEOPLE = ("norm", "int8", "versions", "source")
+"""What says where a bundle comes from; nothing here depends on it."""
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one net adds to a cascade."""
+
+    graph: str
+    """Name of its file."""
+    inputs: dict[str, str]
+    """Tensor of the graph -> the feature of an earlier part, or `images`."""
+    outputs: dict[str, str]
+    """Tensor of the graph -> the feature that later parts start from."""
+    macs: int
+    """Multiply-accumulates of one image."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """One net of a bundle."""
+
+    name: str
+    depths: tuple[int, ...]
+    """Blocks kept per stage."""
+    graph: str
+    """Name of its file."""
+    macs: int
+    """Multiply-accumulates of one image."""
+    params: int
+    top1: float | None
+    """Share of the test images whose class is the most likely one; None where it was not measured."""
+    top5: float | None
+    cascade: Part | None
+
+
+@dataclass(frozen=True)
+class Input:
+    """How an image becomes what the nets are given."""
+
+    size: int
+    """Side in pixels of the square that is given to the nets."""
+    resize: int
+    """Pixels that the shorter side is resized to before the centre crop."""
+    mean: tuple[float, ...]
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a bundle."""
+
+    folder: Path
+    nets: dict[str, Net]
+    """By name, shallow to deep."""
+    input: Input
+    classes: tuple[str, ...]
+    files: dict[str, File]
+    precision: str
+    digest: str
+    """Hex SHA-256 of the manifest, and thereby of the whole bundle."""
+
+    def check_files(self, graphs: Iterable[str]) -> None:
+        """Check these graphs and all files that are no graphs; `BundleError` names the first that is not as it was."""
+        for name, file in self.files.items():
+            if name in set(graphs) or not name.endswith(".onnx"):
+                check_file(self.folder / name, file)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a manifest's content but for the checksum itself, wherever its lines break."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check the manifest of the bundle in `folder`. Raises `BundleError`."""
+    path = folder / NAME
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BundleError(f"{path} is too large for a manifest; export the bundle again")
+        raw = path.read_bytes()
+        content = json.loads(raw.decode())
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder} is no bundle: it has no {NAME}; make one with: ddnn export RUN -o BUNDLE"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged: {error}; export the bundle again") from None
+    top = _Section(path, "", content)
+    if top.get("format") != FORMAT:
+        top.wrong("format", f"is {top.get('format')!r}, not {FORMAT!r}")
+    version = top.whole("version")
+    if version > VERSION:
+        raise BundleError(
+            f"{path} is of format {version}, made by a newer ddnn; this one, {__version__}, reads up to {VERSION}: "
+            "update ddnn"
+        )
+    if "sha256" in top.content and top.content["sha256"] != checksum(top.content):
+        raise BundleError(f"{path} is damaged or was changed: its checksum of itself differs; export the bundle again")
+    top.only(["format", "version", "nets", "input", "classes", "files", "precision", "sha256", *_FOR_PEOPLE])
+    files = {name: _file(top.section("files"), name) for name in top.section("files").content}
+    nets: dict[str, Net] = {}
+    for section in top.sections("nets"):
+        net = _net(section, files, nets)
+        nets[net.name] = net
+    classes = tuple(top.texts("classes"))
+    if len(set(classes)) != len(classes):
+        top.wrong("classes", "names a class twice")
+    return Manifest(
+        folder=folder,
+        nets=nets,
+        input=_input(top.section("input")),
+        classes=classes,
+        files=files,
+        precision=top.text("precision"),
+        digest=hashlib.sha256(raw).hexdigest(),
+    )
+
+
+class _Section:
+    """A part of the manifest and where it is; every getter raises `BundleError` for what cannot be."""
+
+    def __init__(self, path: Path, where: str, content: Any) -> None:
+        self.path = path
+        self.where = where
+        if not isinstance(content, dict):
+            self.wrong("", "must be an object")
+        self.content: dict[str, Any] = content
+
+    def wrong(self, key: str, what: str) -> NoReturn:
+        place = ".".join(filter(None, (self.where, key)))
+        raise BundleError(f"{self.path} cannot be used: {place + ' ' if place else 'it '}{what}")
+
+    def only(self, keys: Iterable[str]) -> None:
+        known = list(keys)
+        for key in self.content:
+            if key not in known:
+                self.wrong(key, f"is unknown in format {VERSION}; known are {', '.join(known)}")
+
+    def get(self, key: str) -> Any:
+        if key not in self.content:
+            self.wrong(key, "is missing")
+        return self.content[key]
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if not isinstance(value, str) or not value:
+            self.wrong(key, "must be a text")
+        return str(value)
+
+    def texts(self, key: str) -> list[str]:
+        value = self.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+            self.wrong(key, "must be a list of texts")
+        return list(value)
+
+    def whole(self, key: str, least: int = 1) -> int:
+        value = self.get(key)
+        if type(value) is not int or value < least:
+            self.wrong(key, f"must be a whole number of at least {least}")
+        return int(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) != count or not all(_is_number(each) for each in value):
+            self.wrong(key, f"must be a list of {count} numbers")
+        return tuple(float(each) for each in value)
+
+    def share(self, key: str) -> float | None:
+        value = self.content.get(key)
+        if value is not None and not (_is_number(value) and 0 <= value <= 1):
+            self.wrong(key, "must be a number from 0 to 1")
+        return value
+
+    def section(self, key: str) -> "_Section":
+        return _Section(self.path, ".".join(filter(None, (self.where, key))), self.get(key))
+
+    def sections(self, key: str) -> list["_Section"]:
+        value = self.get(key)
+        if not isinstance(value, list) or not value:
+            self.wrong(key, "must be a list with at least one entry")
+        return [_Section(self.path, f"{key}[{i}]", each) for i, each in enumerate(value)]
+
+    def mapping(self, key: str) -> dict[str, str]:
+        value = self.get(key)
+        if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+            self.wrong(key, "must be an object of texts")
+        return dict(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _file(files: _Section, name: str) -> File:
+    if not _FILE.fullmatch(name):
+        files.wrong(name, "is no plain file name; a bundle's files lie in its own folder")
+    section = files.section(name)
+    section.only(("sha256", "bytes"))
+    checksum = section.text("sha256")
+    if not re.fullmatch(r"[0-9a-f]{64}", checksum):
+        section.wrong("sha256", "must be 64 hexadecimal digits")
+    return File(checksum, section.whole("bytes", least=0))
+
+
+def _net(section: _Section, files: dict[str, File], shallower: dict[str, Net]) -> Net:
+    section.only(["name", "depths", "graph", "macs", "params", "top1", "top5", "validation", "parity", "cascade"])
+    name = section.text("name")
+    if name in shallower:
+        section.wrong("name", f"{name!r} is that of another net too")
+    depths = section.get("depths")
+    if not isinstance(depths, list) or not all(type(kept) is int and kept > 0 for kept in depths):
+        section.wrong("depths", "must be a list of whole numbers")
+    return Net(
+        name=name,
+        depths=tuple(depths),
+        graph=_graph(section, files),
+        macs=section.whole("macs", least=0),
+        params=section.whole("params", least=0),
+        top1=section.share("top1"),
+        top5=section.share("top5"),
+        cascade=_part(section.section("cascade"), files, shallower) if section.content.get("cascade") else None,
+    )
+
+
+def _part(section: _Section, files: dict[str, File], shallower: dict[str, Net]) -> Part:
+    section.only(["graph", "inputs", "outputs", "macs"])
+    part = Part(
+        _graph(section, files), section.mapping("inputs"), section.mapping("outputs"), section.whole("macs", least=0)
+    )
+    made = {feature for net in shallower.values() if net.cascade for feature in net.cascade.outputs.values()}
+    for tensor, feature in part.inputs.items():
+        if feature not in made | {IMAGES}:
+            section.wrong(f"inputs.{tensor}", f"is the feature {feature!r}, which no shallower net makes")
+    for tensor, feature in part.outputs.items():
+        if feature in made | {IMAGES}:
+            section.wrong(f"outputs.{tensor}", f"is the feature {feature!r}, which a shallower net makes already")
+    if not part.inputs:
+        section.wrong("inputs", "must name at least one tensor")
+    return part
+
+
+def _graph(section: _Section, files: dict[str, File]) -> str:
+    name = section.text("graph")
+    if name not in files or not name.endswith(".onnx"):
+        section.wrong("graph", f"is {name!r}, which is no graph (.onnx) among the bundle's files")
+    return name
+
+
+def _input(section: _Section) -> Input:
+    section.only(["size", "resize", "mean", "std", "channels", "interpolation"])
+    if section.get("channels") != 3:
+        section.wrong("channels", f"is {section.get('channels')!r}; this ddnn reads bundles for RGB images, 3 channels")
+    if section.get("interpolation") != "bilinear":
+        section.wrong("interpolation", f"is {section.get('interpolation')!r}; this ddnn resizes bilinearly only")
+    size, std = section.whole("size"), section.numbers("std", 3)
+    if min(std) <= 0:
+        section.wrong("std", "must be above 0")
+    return Input(size, section.whole("resize", least=size), section.numbers("mean", 3), std)
+
+
+def check_file(path: Path, file: File) -> None:
+    """Check size and checksum of a file; `BundleError` says how it differs."""
+    if path.is_symlink():
+        raise BundleError(f"{path} is a link; onnxruntime reads no weights through links: copy the file itself")
+    try:
+        with path.open("rb") as opened:
+            size = path.stat().st_size
+            if size != file.bytes:
+                what = "is truncated" if size < file.bytes else "is too long"
+                raise BundleError(f"{path} {what}: {size} bytes instead of {file.bytes}; copy the bundle again")
+            checksum = hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing; copy the whole bundle, or export it again") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    if checksum != file.sha256:
+        raise BundleError(f"{path} is damaged or was replaced: its checksum differs; copy the bundle again")

@@ -1,0 +1,322 @@
+"""What every depth takes on this machine: latency and memory, measured, kept with the bundle, and picked by.
+
+A profile lies in the bundle, in a folder named by the machine it was measured on. It belongs to that machine and to
+that very bundle; it is never read for another. A condition is what latency depends on beside the depth: images per
+call, threads, and whether the weights are shared.
+"""
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from ddnn.errors import BudgetError, BundleError, RequestError
+from ddnn.files import write_atomic
+from ddnn.runtime.machine import Machine, this_machine
+from ddnn.runtime.manifest import Manifest, Net
+
+if TYPE_CHECKING:
+    from ddnn.runtime.model import Model
+
+Key = TypeVar("Key")
+
+VERSION = 1
+NAME = "profile.json"
+FEWEST_RUNS = 40
+"""Calls that a 95th percentile is taken from, at the least."""
+MOST_RUNS = 400
+
+
+def threads_of(count: int) -> str:
+    """For a person."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+class Condition(NamedTuple):
+    """What latency depends on beside the depth."""
+
+    batch: int
+    threads: int
+    shared: bool = False
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {threads_of(self.threads)}{', shared weights' if self.shared else ''}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One depth under one condition."""
+
+    depth: str
+    batch: int
+    threads: int
+    shared: bool
+    p50_ms: float
+    """Of the median call."""
+    p95_ms: float
+    """That all but one in twenty calls stayed below."""
+    runs: int
+    busy: float
+    """Share of the time in which this process was kept from running by other work on the machine."""
+    memory_mb: float | None
+    """MiB in memory of a process that holds this depth alone and has run such batches."""
+    peak_mb: float | None
+    """Most MiB that process ever had in memory; loading takes more than running."""
+
+    @property
+    def condition(self) -> Condition:
+        """What it was measured under."""
+        return Condition(self.batch, self.threads, self.shared)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A process that holds all depths."""
+
+    batch: int
+    shared: bool
+    memory_mb: float | None
+    peak_mb: float | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All that was measured of a bundle on one machine."""
+
+    bundle: str
+    """Digest of the manifest."""
+    machine: Machine
+    measured: str
+    """Date and time of the last measurement."""
+    rows: list[Row] = field(default_factory=list)
+    together: list[Together] = field(default_factory=list)
+
+    def rows_for(self, condition: Condition, depths: Iterable[str]) -> list[Row]:
+        """The rows of these depths under a condition. Raises `RequestError` where it was not measured."""
+        wanted = list(depths)
+        rows = [row for row in self.rows if row.condition == condition and row.depth in wanted]
+        if len(rows) < len(wanted):
+            known = "; ".join(map(str, dict.fromkeys(row.condition for row in self.rows)))
+            shared = " --shared" if condition.shared else ""
+            raise RequestError(
+                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile BUNDLE "
+                f"--batch {condition.batch} --threads {condition.threads}{shared}"
+            )
+        return rows
+
+
+def machine_folder(bundle: Path, machine: Machine) -> Path:
+    """Where a bundle keeps what belongs to a machine."""
+    return bundle / "machines" / machine.key
+
+
+def read(manifest: Manifest, machine: Machine) -> Profile:
+    """This machine's profile of a bundle. Raises `RequestError` where there is none, `BundleError` where damaged."""
+    profile = _read(machine_folder(manifest.folder, machine) / NAME)
+    if profile is None:
+        others = sorted(path.parent.name for path in manifest.folder.glob(f"machines/*/{NAME}"))
+        only = (
+            f" (only of {'another machine' if len(others) == 1 else f'{len(others)} other machines'})" if others else ""
+        )
+        raise RequestError(f"there is no profile of this machine{only}; run: ddnn profile {manifest.folder}")
+    if profile.bundle != manifest.digest or profile.machine != machine:
+        raise RequestError(
+            "the profile of this machine is of another bundle that was here before; run: ddnn profile "
+            f"{manifest.folder}"
+        )
+    return profile
+
+
+def _read(path: Path) -> Profile | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != "ddnn-profile" or content.pop("version") != VERSION:
+            raise BundleError(f"{path} is of another format than this ddnn reads; remove it and measure again")
+        profile = Profile(
+            bundle=str(content["bundle"]),
+            machine=Machine(**content["machine"]),
+            measured=str(content["measured"]),
+            rows=[Row(**row) for row in content["rows"]],
+            together=[Together(**each) for each in content["together"]],
+        )
+        if not all(row.p50_ms > 0 and row.p95_ms > 0 for row in profile.rows):
+            raise ValueError("a latency is not above 0")
+    except FileNotFoundError:
+        return None
+    except BundleError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}); remove it and measure again") from None
+    return profile
+
+
+def measure(
+    folder: Path,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    *,
+    shared: bool = False,
+    seconds: float = 10.0,
+    watch: Callable[[str], None] = lambda doing: None,
+) -> Profile:
+    """Measure every depth of a bundle on this machine, write it beside what was measured before, and return it all.
+
+    `seconds`: spent on one condition, more where that is too little for the fewest calls. Depths take turns, so a
+    change of the machine's speed meets them all. Latency is that of a call with normalised images; memory is that of
+    processes of their own.
+    """
+    from ddnn.runtime.model import load
+
+    machine = this_machine()
+    models = {count: load(folder, threads=count, shared=shared) for count in threads}
+    manifest = next(iter(models.values())).manifest
+    rows, together = [], []
+    for batch in batches:
+        memory = {}
+        for name in [*manifest.nets, ""]:
+            watch(f"memory of {name or 'all depths'}, batch {batch}")
+            memory[name] = _memory_of_process(folder, name, batch, max(threads), shared)
+        together.append(Together(batch, shared, *memory[""]))
+        for count, model in models.items():
+            watch(f"latency, {Condition(batch, count, shared)}")
+            times, busy = side_by_side(model, batch, seconds)
+            for name, taken in times.items():
+                p50, p95 = (float(np.percentile(taken, percent)) for percent in (50, 95))
+                rows.append(Row(name, batch, count, shared, p50, p95, len(taken), busy, *memory[name]))
+    path = machine_folder(manifest.folder, machine) / NAME
+    profile = _joined(path, Profile(manifest.digest, machine, now(), rows, together))
+    content = {"format": "ddnn-profile", "version": VERSION, **asdict(profile)}
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    return profile
+
+
+def _joined(path: Path, new: Profile) -> Profile:
+    """What was measured before and is not measured anew, and what is."""
+    try:
+        old = _read(path)
+    except BundleError:
+        old = None
+    if old is None or old.bundle != new.bundle or old.machine != new.machine:
+        return new
+    anew = {row.condition for row in new.rows}
+    again = {(each.batch, each.shared) for each in new.together}
+    rows = [row for row in old.rows if row.condition not in anew] + new.rows
+    together = [each for each in old.together if (each.batch, each.shared) not in again] + new.together
+    order = list(dict.fromkeys(row.depth for row in new.rows))
+    rows.sort(key=lambda row: (row.condition, order.index(row.depth)))
+    return Profile(new.bundle, new.machine, new.measured, rows, sorted(together, key=lambda e: (e.shared, e.batch)))
+
+
+def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
+    size = model.manifest.input.size
+    images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
+    wall, cpu = time.perf_counter(), time.process_time()
+    times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return times, max(0.0, 1 - cpu / wall)
+
+
+def in_turns(calls: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, list[float]]:
+    """Milliseconds of each call, over at least `FEWEST_RUNS` rounds, then until `seconds` are spent."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[Key, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for done in range(MOST_RUNS):
+        if done >= FEWEST_RUNS and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _memory_of_process(
+    folder: Path, depth: str, batch: int, threads: int, shared: bool
+) -> tuple[float | None, float | None]:
+    """MiB in memory, now and at the most, of a process that loads one depth, or all, and runs a few batches."""
+    command = [sys.executable, "-m", "ddnn.runtime.footprint"]
+    asked = {"bundle": str(folder.resolve()), "depth": depth, "batch": batch, "threads": threads, "shared": shared}
+    done = subprocess.run([*command, json.dumps(asked)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BundleError(f"measuring the memory of {depth or 'all depths'} failed: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found["memory_mb"], found["peak_mb"]
+
+
+def now() -> str:
+    """Date and time here."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+class Choice(NamedTuple):
+    """The depth that was picked and what it takes."""
+
+    depth: str
+    top1: float
+    row: Row
+
+
+def pick(
+    rows: Sequence[Row],
+    nets: Mapping[str, Net],
+    *,
+    latency_ms: float | None = None,
+    memory_mb: float | None = None,
+    p95: bool = False,
+) -> Choice:
+    """The most accurate of the depths that fit; of equally accurate ones the fastest.
+
+    Raises `BudgetError` if none fits, saying what the one that comes nearest takes, and `RequestError` without a
+    budget, an accuracy or a measurement to pick by.
+    """
+    limits = {"ms": latency_ms, "MiB": memory_mb}
+    for unit, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise RequestError(f"a budget of {limit:g} {unit} must be above 0")
+    if latency_ms is None and memory_mb is None:
+        raise RequestError("nothing to pick by: give a latency in ms, a memory in MB, or both")
+
+    def taken(row: Row) -> dict[str, float | None]:
+        return {"ms": row.p95_ms if p95 else row.p50_ms, "MiB": row.peak_mb}
+
+    def excess(row: Row) -> float:
+        """How many times over its tightest limit a depth is."""
+        return max(value / limits[unit] for unit, value in taken(row).items() if limits[unit] and value)  # type: ignore[operator]
+
+    accuracies: dict[str, float] = {}
+    for row in rows:
+        top1 = nets[row.depth].top1
+        if top1 is None:
+            raise RequestError(f"the bundle does not say how accurate {row.depth} is; export it from a finished run")
+        if memory_mb is not None and row.peak_mb is None:
+            raise RequestError("this system does not say how much memory a process takes; pick by latency alone")
+        accuracies[row.depth] = top1
+    fitting = [row for row in rows if excess(row) <= 1]
+    if fitting:
+        best = max(fitting, key=lambda row: (accuracies[row.depth], -row.p50_ms))
+        return Choice(best.depth, accuracies[best.depth], best)
+    nearest = min(rows, key=excess)
+    over = [
+        f"{value:.3g} {unit}, {value - limit:.3g} {unit} more than {limit:g}"
+        for unit, value in taken(nearest).items()
+        if (limit := limits[unit]) and value is not None and value > limit
+    ]
+    what = "p95" if p95 else "p50"
+    raise BudgetError(
+        f"no depth fits: {nearest.depth}, which comes nearest, takes {' and '.join(over)} ({what}; {nearest.condition})"
+    )

@@ -1,0 +1,163 @@
+"""A copy of a bundle laid out for one machine, whose depths share their weights in memory.
+
+By default onnxruntime folds the batch norms into the weights of each graph and lays these out for the processor, so
+that every depth has weights of its own in memory. Here the graphs are laid out once, batch norms left as they are: then
+weights that are the same stay the same. They are written to one file, every tensor once, and all sessions of all
+processes map that file into memory. Such graphs run on the kind of machine they were made on and no other.
+
+    shared.json     which tensor of which graph is where in the file; checksums
+    shared.bin      the tensors
+    NAME.onnx       the graphs, without them
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from ddnn.errors import BundleError
+from ddnn.runtime.machine import give_back
+from ddnn.runtime.manifest import File, Manifest, check_file
+from ddnn.runtime.sessions import options
+
+if TYPE_CHECKING:
+    from ddnn.runtime.graphs import External
+
+INDEX, WEIGHTS = "shared.json", "shared.bin"
+_SMALL = 256
+"""Bytes up to which a tensor stays in its graph."""
+_PAGE = 4096
+
+
+class Shared:
+    """The copy in a folder; `open` makes it where there is none yet."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._index = index
+        self._bytes: npt.NDArray[np.uint8] = np.memmap(folder / WEIGHTS, dtype=np.uint8, mode="r").view(np.ndarray)
+
+    @classmethod
+    def open(cls, manifest: Manifest, folder: Path) -> "Shared":
+        """The copy of this bundle in `folder`, made anew where it is of another bundle or damaged.
+
+        Raises `BundleError` where it can't be made.
+        """
+        index = _read(manifest, folder)
+        if index is None:
+            _make(manifest, folder)
+            index = _read(manifest, folder)
+            if index is None:
+                raise BundleError(f"the shared copy {folder} is damaged as soon as it is written; load without shared")
+        return cls(folder, index)
+
+    def locate(self, graph: str) -> tuple[Path, dict[str, npt.NDArray[np.generic]]]:
+        """The file of a graph and its tensors, views of the one memory map."""
+        tensors = {
+            name: self._bytes[at : at + length].view(kind).reshape(shape)
+            for name, (at, length, kind, shape) in self._index["graphs"][graph].items()
+        }
+        return self.folder / graph, tensors
+
+
+def _read(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
+    """The index; None where there is no copy of this bundle, or a damaged one."""
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        checksum = index.pop("sha256")
+        if checksum != _checksum(index) or index["bundle"] != manifest.digest:
+            return None
+        for name, about in index["files"].items():
+            check_file(folder / name, File(**about))
+    except (OSError, ValueError, LookupError, AttributeError):  # a `BundleError` is a `ValueError`
+        return None
+    return index
+
+
+def _checksum(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _make(manifest: Manifest, folder: Path) -> None:
+    """Lay out all graphs beside the folder, then let it take its place, so that it is there whole or not at all."""
+    from ddnn.runtime.graphs import externals  # protobuf takes a while to load
+
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    graphs = [net.graph for net in manifest.nets.values()]
+    graphs += [net.cascade.graph for net in manifest.nets.values() if net.cascade]
+    try:
+        beside.mkdir(parents=True)
+        index: dict[str, Any] = {"bundle": manifest.digest, "graphs": {}}
+        places: dict[bytes, int] = {}
+        with (beside / WEIGHTS).open("wb") as weights:
+            for graph in graphs:
+                apart = beside / "apart"
+                apart.mkdir()
+                _lay_out(manifest.folder / graph, apart / graph)
+                index["graphs"][graph] = {
+                    tensor.name: (_place(tensor, apart, weights, places), tensor.length, tensor.kind, tensor.shape)
+                    for tensor in externals((apart / graph).read_bytes())
+                }
+                (apart / graph).replace(beside / graph)
+                shutil.rmtree(apart)
+            weights.flush()
+            os.fsync(weights.fileno())
+        index["files"] = {name: _about(beside / name) for name in [WEIGHTS, *graphs]}
+        checksum = _checksum(json.loads(json.dumps(index)))  # as it will be read: no tuples
+        (beside / INDEX).write_text(json.dumps({**index, "sha256": checksum}), encoding="utf-8")
+        if folder.exists():  # of an older bundle, or damaged
+            shutil.rmtree(folder)
+        try:
+            beside.replace(folder)
+        except OSError:
+            if _read(manifest, folder) is None:  # else another process was quicker
+                raise
+    except OSError as error:
+        raise BundleError(f"cannot write the shared copy {folder}: {error.strerror}; load without shared") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        give_back()
+
+
+def _lay_out(graph: Path, out: Path) -> None:
+    """Let onnxruntime write a graph as it would run it, but for the folding of batch norms.
+
+    Its tensors go to a file beside it. That bears the name of the file that all graphs will share, since onnxruntime
+    wants the file a graph names to be there, though it takes the tensors from memory.
+    """
+    chosen = options(threads=1)
+    chosen.optimized_model_filepath = str(out)
+    chosen.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+    chosen.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(_SMALL))
+    try:
+        onnxruntime.InferenceSession(
+            str(graph), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=["ConvBNFusion"]
+        )
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot lay out {graph}: {error}") from None
+
+
+def _place(tensor: "External", folder: Path, weights: Any, places: dict[bytes, int]) -> int:
+    """Where a tensor is in the weights file; it is added if its like is not there yet."""
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.offset)
+        content = file.read(tensor.length)
+    key = hashlib.sha256(content).digest()
+    if key not in places:
+        alignment = _PAGE if len(content) >= _PAGE else 64
+        weights.write(bytes(-weights.tell() % alignment))
+        places[key] = weights.tell()
+        weights.write(content)
+    return places[key]
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}

@@ -1,0 +1,99 @@
+"""Folders that are there whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddnn.errors import ExportError
+from ddnn.files import new_folder
+
+FILES = 6
+
+WRITER = f"""
+import sys, time
+from pathlib import Path
+from ddnn.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    for i in range({FILES}):
+        (folder / f"{{i}}.bin").write_bytes(bytes(100_000))
+        print(i, flush=True)
+        time.sleep(0.005)
+print("written", flush=True)
+"""
+
+
+def writer(target: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("moment", [0, 2, FILES - 1, "written"])
+def test_a_kill_leaves_all_or_nothing(tmp_path: Path, moment: int | str) -> None:
+    target = tmp_path / "folder"
+    for _ in range(2):  # a second one finds what the first has left
+        with writer(target) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip() == str(moment):
+                    process.send_signal(signal.SIGKILL)
+                    break
+        if target.exists():
+            assert len(list(target.iterdir())) == FILES
+            assert all(path.stat().st_size == 100_000 for path in target.iterdir())
+            assert moment in (FILES - 1, "written")
+            for path in target.iterdir():
+                path.unlink()
+    with new_folder(target) as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]  # and nothing of the dead is left
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "file").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_is_writing_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".folder.{os.getppid()}.tmp"
+    theirs.mkdir()
+    with new_folder(tmp_path / "folder"):
+        pass
+    assert theirs.exists()
+
+
+def test_only_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        with new_folder(path) as folder:
+            (folder / "file").touch()
+
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty")
+    assert (tmp_path / "empty" / "file").exists()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("empty", "file", "link"):
+        with pytest.raises(ExportError, match=f"{name} exists already"):
+            make(tmp_path / name)
+    with pytest.raises(ExportError, match="cannot write "):
+        make(tmp_path / "file" / "folder")
+
+
+def test_one_that_came_in_between_is_not_overwritten(tmp_path: Path) -> None:
+    def race() -> None:
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "mine").touch()
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "theirs").touch()
+
+    with pytest.raises(ExportError, match="Directory not empty"):
+        race()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["theirs"]
