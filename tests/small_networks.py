@@ -165,7 +165,7 @@ def timm_efficientnet(depths: Depths, of: str) -> nn.Module:
 
 SMALL: dict[str, Small] = {
     "CIFAR ResNet": Small(cifar, (3, 3, 2), ((1, 1, 1), (2, 3, 1))),
-    "torchvision ResNet": Small(resnet, (2, 2, 2, 1), ((1, 2, 1, 1), (2, 2, 1, 1))),
+    "torchvision ResNet": Small(resnet, (1, 2, 2, 1), ((1, 1, 1, 1), (1, 2, 1, 1)), size=16),
     "torchvision RegNet": Small(regnet_, (2, 4), ((1, 2), (2, 2))),
     "torchvision VGG": Small(partial(vgg_, batch_norm=False), (2, 4), ((1, 2), (2, 3))),
     "torchvision VGG-BN": Small(partial(vgg_, batch_norm=True), (2, 4), ((1, 2), (2, 3))),

@@ -16,7 +16,7 @@ from ddnn.trainer import train
 from test_examples import commands as commands_of_examples
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["loops.md", "hub.md", "backbones.md"]
+PAGES = ["loops.md", "hub.md", "backbones.md", "families.md"]
 
 
 def text(page: str) -> str:
@@ -81,6 +81,12 @@ def test_backbones() -> None:
     assert inline is not None
     extracted = eval(f"BackboneWithFPN({inline[1]})", {**scope, **vars(torchvision.models.detection.backbone_utils)})
     assert extracted(images)["0"].shape == (2, 32, 8, 12)
+
+
+def test_families() -> None:
+    scope = run_code("families.md")
+    assert scope["net"].stages == ("stage1", "stage2")
+    assert scope["net"].depths == {"small": (1, 2), "full": (3, 5)}
 
 
 @pytest.mark.slow

@@ -6,32 +6,17 @@ import itertools
 import pickle
 
 import pytest
-import timm
 import torch
-import torchvision
+from benchmarks.families import ALL, committed, lived, row
 from torch import nn
 
 from ddnn.branchwise import branchwise_backward
-from ddnn.families import EXAMPLES, FAMILIES, PRESETS, build, family_of
-from ddnn.families.cifar_resnet import resnet as cifar_resnet
-from ddnn.families.torchvision_resnet import resnet as torchvision_resnet
+from ddnn.families import FAMILIES, PRESETS, family_of
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
 from ddnn.proof import overwrites
 from ddnn.sharing import is_norm
 from small_networks import CLASSES, SMALL, Small, images
-
-
-def lived(net: nn.Module) -> nn.Module:
-    """With norms, statistics and scales as after some training, so that a mix-up of private ones can't go unseen."""
-    for parameter in net.parameters():
-        if parameter.numel() == max(parameter.shape, default=1):
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net
 
 
 def nested(small: Small, **policies: str) -> DDNN:
@@ -184,58 +169,21 @@ def _without_chance(net: nn.Module) -> None:
 
 # -- the presets: full size, by the library's own names -------------------------------------------------------------
 
-
-SIZES = {"swin_v2": 64, "swin": 64, "vit_b": 32, "convnext": 32}
-QUICK = ("timm-resnet18-34", "timm-vit-tiny", "efficientnet-b0-b1")
+QUICK = ("timm-resnet18-34", "timm-vit-tiny", "cifar-resnet20-32-44")
 
 
-def library_net(full_net: str, name: str, depths: tuple[int, ...], size: int) -> nn.Module | None:
-    """The library's own network of that name, or of these depths; None where it has none."""
-    library = full_net.partition("/")[0]
-    if library == "cifar":
-        return cifar_resnet(int(name.removeprefix("resnet")), num_classes=CLASSES)
-    if library == "torchvision":
-        if name in ("resnet26", "resnet50_basic"):
-            return torchvision_resnet(name, num_classes=CLASSES)
-        sized = {"image_size": size} if full_net.startswith("torchvision/vit") else {}
-        if hasattr(torchvision.models, name):
-            return torchvision.models.get_model(name, num_classes=CLASSES, **sized)
-        if sized:
-            return torchvision.models.VisionTransformer(size, 16, depths[0], 12, 768, 3072, num_classes=CLASSES)
-        return None
-    sized = {"img_size": size} if timm.get_pretrained_cfg(full_net.removeprefix("timm/")).fixed_input_size else {}
-    if timm.is_model(name):
-        return timm.create_model(name, num_classes=CLASSES, **sized)
-    if "vit" in full_net or "deit" in full_net:
-        return timm.create_model(full_net.removeprefix("timm/"), num_classes=CLASSES, depth=depths[0], **sized)
-    return None
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=[] if p in QUICK else [pytest.mark.slow]) for p in ALL])
+def test_every_preset_is_the_librarys_own_and_as_the_table_says(preset: str) -> None:
+    line = row(preset)  # compares every net with the library's own, bitwise
+    assert committed()[line.split("`")[1]] == line
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in {**PRESETS, **EXAMPLES}],
-)
-def test_presets_are_bitwise_the_librarys_own_networks(preset: str) -> None:
-    size = 64 if "swin" in preset else 32
-    about = {**PRESETS, **EXAMPLES}[preset]
-    torch.manual_seed(0)
-    full_net, _ = build(about.full_net, CLASSES, image_size=size)
-    net = lived(nest(full_net, about.depths)).eval()
-    assert list(net.depths) == list(about.depths)
-    x = images(1, size)
-    with torch.no_grad():
-        outputs = net(x)
-        for name, depths in net.depths.items():
-            sub = net.nets[name]
-            assert torch.equal(outputs[name].logits, sub(x)), name
-            library = library_net(about.full_net, name, depths, size)
-            if library is not None:
-                library.load_state_dict(sub.state_dict(), strict=True)
-                assert torch.equal(outputs[name].logits, library.eval()(x)), name
+def test_the_table_of_families_has_a_line_for_every_preset() -> None:
+    assert list(committed()) == [name if name in PRESETS else preset.full_net for name, preset in ALL.items()]
 
 
 def test_presets_name_each_network_once() -> None:
-    for preset in {**PRESETS, **EXAMPLES}.values():
+    for preset in ALL.values():
         assert list(preset.depths)[-1] == preset.full_net.rpartition("/")[2]
         for shallow, deep in itertools.pairwise(preset.depths.values()):
             assert all(a <= b for a, b in zip(shallow, deep, strict=True))

@@ -34,6 +34,7 @@ ORDER = [
     "evaluate",
     "branchwise",
     "cost",
+    "suggest",
     "device",
     "optimizer",
     "state",

@@ -40,7 +40,7 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
     net = nest(
         full_net,
         table if network.subnets is None else network.subnets,
-        full_name=_full_name(network.name),
+        full_name=full_name(network.name),
         norm=network.norm,
         head=network.head,
         stages=network.stages,
@@ -132,7 +132,7 @@ def _check_size(net: nn.Module, name: str, image_size: int) -> None:
         ) from None
 
 
-def _full_name(network: str) -> str:
+def full_name(network: str) -> str:
     """What the full-net is called: the library's name for it, or the preset's last."""
     if network in PRESETS:
         return list(PRESETS[network].depths)[-1]

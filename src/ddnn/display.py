@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ddnn.data import DataSet
 from ddnn.network import DDNN
+from ddnn.suggest import Suggestion
 
 
 class Display:
@@ -149,6 +150,35 @@ def export_table(manifest: Mapping[str, Any], place: str) -> Table:
         else:
             figures = [f"{100 * net['top1']:.2f}", f"{net['parity']['max_abs']:.1e}"]
         table.add_row(net["name"], net["graph"], _short(net["macs"]), *figures)
+    return table
+
+
+def suggestion_table(suggestion: Suggestion) -> Table:
+    """The proposals, the full-net last."""
+    measured = suggestion.latency_ms is not None
+    columns = ["sub-net", "depths", "MACs", "of full", "parameters", *(["latency ms"] if measured else [])]
+    columns += ["adds MACs", "adds parameters", "parts"]
+    table = Table(
+        title=f"sub-nets of {suggestion.full_net}, images of {suggestion.image_size} px", title_justify="left"
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i in (0, len(columns) - 1) else "right")
+    for p in suggestion.proposals:
+        latency = [f"{p.latency_ms:.2f}" if p.latency_ms is not None else ""] if measured else []
+        table.add_row(
+            escape(f"{p.name} ({', '.join(p.kind)})"),
+            "-".join(map(str, p.depths)),
+            _short(p.macs),
+            f"{p.macs_share:.0%}",
+            _short(p.parameters),
+            *latency,
+            f"{_short(p.added_macs)} ({p.added_macs / suggestion.macs:.0%})",
+            _short(p.added_parameters),
+            escape(p.parts),
+        )
+    latency = [f"{suggestion.latency_ms:.2f}"] if suggestion.latency_ms is not None else []
+    row = ["full-net", "-".join(map(str, suggestion.depths)), _short(suggestion.macs), "100%"]
+    table.add_row(*row, _short(suggestion.parameters), *latency, "", "", "")
     return table
 
 

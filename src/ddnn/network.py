@@ -214,32 +214,37 @@ def nest(
     table = table_of(full_net, subnets, full_name, anatomy)
     if anatomy.family.whole is None:
         try:
-            net = _nested(full_net, table, anatomy, norm, head)
+            net = assemble(full_net, table, anatomy, norm, head)
             if example is None:
                 return net
             if _overwrites(net, example):  # its input must then be a copy
                 anatomy = anatomy.as_if(full_net, clones=True)
-                net = _nested(full_net, table, anatomy, norm, head)
+                net = assemble(full_net, table, anatomy, norm, head)
             differing = _differing(net, example)
             if differing is None:
                 return net
             anatomy = anatomy.as_if(full_net, whole=f"taken apart, {differing} gives other logits than by its forward")
         except IndivisibleError as indivisible:
             anatomy = anatomy.as_if(full_net, whole=f"in a sub-net, {indivisible}")
+    net = assemble(full_net, table, anatomy, norm, head)
+    if example is not None:
+        _differing(net, example)  # whether they can run at all
     warnings.warn(
         f"the nets of {type(full_net).__name__} share weights but no work, as its forward can't be taken apart: "
         f"{anatomy.family.whole}",
         stacklevel=2,
     )
-    net = _nested(full_net, table, anatomy, norm, head)
-    if example is not None:
-        _differing(net, example)
     return net
 
 
-def _nested(
-    full_net: nn.Module, table: Mapping[str, Depths], anatomy: Anatomy, norm: NormPolicy, head: HeadPolicy
+def assemble(
+    full_net: nn.Module,
+    table: Mapping[str, Depths],
+    anatomy: Anatomy,
+    norm: NormPolicy = "private",
+    head: HeadPolicy = "shared",
 ) -> DDNN:
+    """`nest` without its checks: a table with the full-net last, of a network whose anatomy is known."""
     *names, full_name = table
     nets, anatomies = {full_name: full_net}, {full_name: anatomy}
     for name in reversed(names):  # deep to shallow, so that each sub-net finds those it shares a beginning with

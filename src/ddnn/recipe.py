@@ -87,7 +87,8 @@ class Network(Section):
     """A preset (`ddnn recipes --presets` lists them), or a full-net as `cifar/resnet20`, `torchvision/NAME`,
     `timm/NAME`."""
     subnets: dict[str, Depths | dict[str, Count]] | None = None
-    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table."""
+    """Blocks kept per stage by name of the sub-net, `[2, 2, 2]` or `{layer3 = 2}`; replaces the preset's table.
+    `ddnn suggest` proposes some."""
     stages: tuple[str, ...] | None = None
     """Names of the stages, such as `["layer1", "blocks[0:4]"]`, where a network's own division does not suit."""
     options: dict[str, Option] = {}

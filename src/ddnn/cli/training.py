@@ -209,7 +209,9 @@ def recipes(
         for preset, nets in PRESETS.items():
             table = ", ".join(f"{net} {depths}" for net, depths in nets.depths.items())
             print(f"{preset:28} {table}")
-        print("\nfull-nets, for your own network.subnets: cifar/resnetN, torchvision/NAME, timm/NAME")
+        print(
+            "\nfull-nets, for your own network.subnets: cifar/resnetN, torchvision/NAME, timm/NAME (ddnn suggest NAME)"
+        )
     elif name is None:
         for each, text in shipped.items():
             print(f"{each:28} {text.splitlines()[0].removeprefix('# ')}")

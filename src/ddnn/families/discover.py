@@ -70,7 +70,7 @@ def behaviour(net: nn.Module, x: Tensor) -> Behaviour:
     def seen(name: str) -> object:
         def hook(module: nn.Module, given: tuple[object, ...], result: object) -> None:
             times[name] = times.get(name, 0) + 1
-            if next(module.parameters(recurse=False), None) is not None:
+            if next(module.children(), None) is None and next(module.parameters(), None) is not None:
                 order[name] = sum(times.values())
             if given and isinstance(given[0], Tensor) and isinstance(result, Tensor):
                 calls[name] = Call(len(calls), given[0].shape, result.shape)
