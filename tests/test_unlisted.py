@@ -315,7 +315,11 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, object], str]] = {
     "a layer": (Named(), {"stages": ["stem"]}, "stage 'stem' is a Conv2d and holds no blocks"),
     "too long a slice": (Named(), {"stages": ["later[0:4]"]}, r"stage 'later\[0:4\]': later has 3 modules"),
     "two stages in one": (Named(), {"stages": ["later", "later[1:3]"]}, "stages later and later.* both hold later.1"),
-    "two kinds": (Named(), {"stages": ["block1..later"]}, "stage 'block1..later': its blocks differ in width or resolution: pool takes"),
+    "two kinds": (
+        Named(),
+        {"stages": ["block1..later"]},
+        "stage 'block1..later': its blocks differ in width or resolution: pool takes",
+    ),
     "skipped": (
         Skipping(),
         {"stages": ["block1..block3"]},
