@@ -9,7 +9,7 @@ demo: $(VENV)/installed          ## install, train the demo, end with the table 
 	$(BIN)/ddnn train
 
 test: $(VENV)/installed          ## install, pass the fast tests
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: examples               ## the slow tests too, those of the examples among them
 	$(BIN)/pytest
