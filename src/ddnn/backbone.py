@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def _no_head(net: nn.Module, feature: Tensor) -> Tensor:
 
 def _measure(backbone: Backbone, size: int | None) -> dict[str, Shapes]:
     """Channels and strides of every net's features, if possible from a forward that computes no numbers."""
-    imagined = cast(Backbone, ghost(backbone)).eval()
+    imagined = ghost(backbone).eval()
     refusal = ""
     for side, channels in itertools.product(SIZES if size is None else (size,), (3, 1)):
         x = torch.empty(1, channels, side, side, device="meta")

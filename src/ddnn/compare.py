@@ -69,11 +69,8 @@ def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     teacher = f"alone-{nets[-1]}-seed{seed}"
-    objective = {
-        "teacher": Path("..") / teacher,
-        "subnet_weight": 1.0,
-        "ramp": (0.0, 0.0),
-    }  # seen from its own run folder
+    beside = Path("..") / teacher  # as seen from its own run folder
+    objective = {"teacher": beside, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
     return [(f"-{net}", _changed(recipe, network={"alone": net}, objective=objective), teacher) for net in nets]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddnn.families.discover import ghost
 from ddnn.network import DDNN
 
 
@@ -83,8 +84,7 @@ def macs(net: nn.Module, image_size: int) -> int:
 
     Of a DDNN: those of the whole tree, common beginnings counted once.
     """
-    ghost = copy.deepcopy(net).to("meta").eval()
-    return call_macs(ghost, torch.empty(1, 3, image_size, image_size, device="meta"))
+    return call_macs(ghost(net).eval(), torch.empty(1, 3, image_size, image_size, device="meta"))
 
 
 def call_macs(call: Callable[..., object], *inputs: object) -> int:

@@ -60,6 +60,10 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Processes that decode images of a set that is not held in memory, or augment them one by one."""
 
+    def shorter_side(self, image_size: int) -> int:
+        """To how many pixels evaluation resizes the shorter side of an image before it cuts out the middle."""
+        return round(image_size * self.zoom)
+
 
 class Augment(Section):
     """Changes made to training images."""
@@ -277,11 +281,7 @@ def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] =
     An override's value is read as TOML (``0.1``, ``true``, ``[1, 1, 1]``) and as plain text where it is not TOML.
     Raises `RecipeError` that lists every mistake with its place and what is allowed there.
     """
-    text, place = _read(recipe)
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{place} is not valid TOML: {error}") from None
+    tree, place = _tree(*_read(recipe))
     for override in overrides:
         _apply(tree, override)
     return _placed(parse(tree, place), Path(recipe).parent)
@@ -289,10 +289,15 @@ def load(recipe: str | Path = "digits", overrides: tuple[str, ...] | list[str] =
 
 def reopen(path: Path) -> Recipe:
     """The resolved recipe that a run folder or a comparison keeps, to the letter; `RecipeError` if it is damaged."""
+    return parse(*_tree(*_read(path)))
+
+
+def _tree(text: str, place: str) -> tuple[dict[str, Any], str]:
+    """A recipe's text as nested dictionaries, and again the place it is from."""
     try:
-        return parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is damaged and cannot be read: {error}") from None
+        return tomllib.loads(text), place
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{place} is not valid TOML: {error}") from None
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:

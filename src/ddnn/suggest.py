@@ -135,19 +135,12 @@ class _Costs:
         return total
 
 
-def ghost_of(net: DDNN) -> DDNN:
-    """A copy on the meta device."""
-    copied = ghost(net)
-    assert isinstance(copied, DDNN)
-    return copied
-
-
 class _Search:
     """Looks through the sub-nets of one full-net."""
 
     def __init__(self, alone: DDNN, image_size: int, device: torch.device) -> None:
         self.alone = alone
-        self.ghost = ghost_of(alone)
+        self.ghost = ghost(alone)
         self.name = alone.full_name
         self.full = alone.depths[self.name]
         self.floors = tuple(max(1, math.ceil(FLOOR * blocks)) for blocks in self.full)

@@ -36,14 +36,16 @@ def load_data(recipe: Recipe) -> DataSet:
     return data.load(recipe.data, seed=0, whole=recipe.augment.crop == "resized")
 
 
-def check_same_data(run: RunFolder, dataset: DataSet) -> None:
-    """`RunError` if the data are not those the run began with: the split, and so the test set, would be others."""
+def data_of(run: RunFolder) -> DataSet:
+    """The run's data; `RunError` if they are not those it began with: split, and so test set, would be others."""
+    dataset = load_data(run.recipe)
     about = run.read_json("run.json")
     if about is not None and about["data"]["fingerprint"] != dataset.fingerprint:
         raise RunError(
             f"the data of {dataset.name} have changed since the run in {run.path} began, and with them what it is "
             "trained and tested on; restore them or start a new run"
         )
+    return dataset
 
 
 def eval_batches(
@@ -61,8 +63,7 @@ def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> di
     net, about = load_trained(run)
     recipe, trained = run.recipe, about["data"]
     if source is None:
-        dataset = load_data(recipe)
-        check_same_data(run, dataset)
+        dataset = data_of(run)
     else:
         other = recipe.data.model_copy(update={"source": source, "image_column": None, "label_column": None})
         dataset = data.load_test(

@@ -31,7 +31,7 @@ from ddnn.evaluate import accuracy, evaluate
 from ddnn.network import DDNN, recalibrate
 from ddnn.recipe import Recipe
 from ddnn.state import State, Sums
-from ddnn.trained import check_same_data, eval_batches, load_data, load_trained
+from ddnn.trained import data_of, eval_batches, load_trained
 
 LOOK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 RECALIBRATION_BATCHES = 200
@@ -62,8 +62,7 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
-    dataset = load_data(recipe)
-    check_same_data(run, dataset)
+    dataset = data_of(run)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)

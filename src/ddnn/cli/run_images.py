@@ -12,7 +12,7 @@ from ddnn.picture import UnreadableError
 from ddnn.runtime.heldout import HeldOut
 from ddnn.runtime.manifest import Manifest
 from ddnn.runtime.pixels import Pixels, square
-from ddnn.trained import check_same_data, load_data
+from ddnn.trained import data_of
 
 
 def test_and_validation(folder: Path, manifest: Manifest, limit: int) -> tuple[HeldOut, HeldOut]:
@@ -20,9 +20,7 @@ def test_and_validation(folder: Path, manifest: Manifest, limit: int) -> tuple[H
 
     At most `limit` in all. Raises `RequestError` where the bundle is of other classes than the run.
     """
-    run = RunFolder.open(folder)
-    dataset = load_data(run.recipe)
-    check_same_data(run, dataset)
+    dataset = data_of(RunFolder.open(folder))
     if dataset.classes != manifest.classes:
         raise RequestError(f"the run in {folder} has other classes than the bundle in {manifest.folder}")
     if dataset.validation is None:

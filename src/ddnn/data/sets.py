@@ -187,7 +187,7 @@ def _images(
         held = set()
     images: dict[str, Images] = {}
     for name, part in parts.items():
-        side = size if name == "training" else round(size * data.zoom)
+        side = size if name == "training" else data.shorter_side(size)
         if name in held:
             images[name] = _held(part, size, side, skipped)
         else:

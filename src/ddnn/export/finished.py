@@ -18,7 +18,7 @@ from ddnn.export.bundle import export_bundle
 from ddnn.export.manifest import About
 from ddnn.export.trial import Int8
 from ddnn.files import check_free
-from ddnn.trained import check_same_data, load_data, load_trained
+from ddnn.trained import data_of, load_trained
 
 PARITY_IMAGES = 32
 """Test images that what is exported has to agree on with the network."""
@@ -50,8 +50,7 @@ def export_run(
     if kind != "bundle":
         alone.format_of(kind)
     net, ran = load_trained(run)
-    dataset = load_data(run.recipe)
-    check_same_data(run, dataset)
+    dataset = data_of(run)
     images = _images(dataset, dataset.test, PARITY_IMAGES)
     about = _about(run, ran, dataset)
     if kind != "bundle":
@@ -88,7 +87,7 @@ def _about(run: RunFolder, ran: dict[str, Any], dataset: DataSet) -> About:
         classes=dataset.classes,
         mean=dataset.mean,
         std=dataset.std,
-        resize=round(dataset.image_size * run.recipe.data.zoom),
+        resize=run.recipe.data.shorter_side(dataset.image_size),
         accuracy=accuracy,
         source={
             "dataset": dataset.name,

@@ -9,11 +9,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ddnn.errors import NestingError
+
+Net = TypeVar("Net", bound=nn.Module)
 
 SIZES = (64, 32, 224, 28, 96, 128, 256, 384, 16, 8)
 """Sides of the images that are tried on a network that does not say what it takes, in pixels."""
@@ -54,7 +57,7 @@ def example_for(net: nn.Module) -> Tensor:
     )
 
 
-def ghost(net: nn.Module) -> nn.Module:
+def ghost(net: Net) -> Net:
     """A copy on the meta device: it computes shapes and holds no numbers."""
     tensors: dict[int, object] = {id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) for t in net.parameters()}
     return copy.deepcopy(net, tensors).to("meta")

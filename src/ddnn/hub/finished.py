@@ -71,4 +71,5 @@ def _preprocessing(run: RunFolder, about: dict[str, Any]) -> Preprocessing:
     """As `data.load` makes evaluation resize images, and `data.eval_batches` normalise them."""
     data = about["data"]
     size = data["image_size"]
-    return Preprocessing(size=size, resize=round(size * run.recipe.data.zoom), mean=data["mean"], std=data["std"])
+    resize = run.recipe.data.shorter_side(size)
+    return Preprocessing(size=size, resize=resize, mean=data["mean"], std=data["std"])
