@@ -16,11 +16,10 @@ from typing import Any
 import matplotlib
 import torch
 from step import machine, peak_bytes, stepping
-from torch import Tensor
 
 from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory
-from ddnn.evaluate import macs, side_by_side
+from ddnn.evaluate import macs, parameters, side_by_side
 from ddnn.families.cifar_resnet import resnet
 from ddnn.figure import SETTINGS, new_figure
 from ddnn.network import DDNN, nest
@@ -87,7 +86,6 @@ def measure(
     calls = {"plain": stepping(net, plain), "lean": stepping(net, lean), "alone": stepping(alone, plain)}
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     memory = {name: peak_bytes(alone if name == "alone" else net, call, device) / 2**20 for name, call in calls.items()}
-    everything: list[Tensor] = [*net.parameters()]
     return {
         "time": times["plain"] / times["alone"],
         "time_lean": times["lean"] / times["alone"],
@@ -96,7 +94,7 @@ def measure(
         "memory": memory["plain"] / memory["alone"],
         "memory_lean": memory["lean"] / memory["alone"],
         "images_per_second": batch / times["plain"],
-        "parameters": sum(p.numel() for p in everything) / sum(p.numel() for p in alone.parameters()),
+        "parameters": parameters(net) / parameters(alone),
     }
 
 

@@ -11,7 +11,6 @@ from torch's profiler. Let nothing else run meanwhile.
 import argparse
 import json
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import CASES, CLASSES, machine, stepping
+from step import CASES, machine, set_up, stepping
 from torch import Tensor, nn
 
 from ddnn.device import keep_freed_memory
-from ddnn.evaluate import macs
-from ddnn.families import build
-from ddnn.network import DDNN, nest
+from ddnn.evaluate import macs, side_by_side
+from ddnn.network import DDNN
 from ddnn.objective import EKD
 
 KINDS = {
@@ -69,11 +67,7 @@ def main() -> None:
 
 def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
     case = CASES[preset]
-    torch.manual_seed(0)
-    full_net, table = build(preset, CLASSES)
-    net = nest(full_net, table).to(device, memory_format=torch.channels_last).train()
-    x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
-    target = torch.randint(CLASSES, (case.batch,), device=device)
+    net, x, target = set_up(preset, device)
     objective = EKD()
 
     def backward(of: DDNN) -> None:
@@ -103,19 +97,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget_s: float = 4.0) -> float:
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for _ in range(3):
-        timed()
-    times, end = [timed() for _ in range(3)], time.perf_counter() + budget_s
-    while time.perf_counter() < end and len(times) < 200:
-        times.append(timed())
-    return statistics.median(times)
+    return statistics.median(side_by_side({"call": call}, device, budget_s)["call"])
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device, n: int = 2048) -> float:

@@ -112,15 +112,21 @@ def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
     return step
 
 
-def measure(
-    preset: str, device: torch.device, bf16: bool, seconds: float, compiling: bool = True
-) -> dict[str, float | None]:
+def set_up(preset: str, device: torch.device) -> tuple[DDNN, Tensor, Tensor]:
+    """The preset's DDNN with fresh weights, and images and classes of its case."""
     case = CASES[preset]
     torch.manual_seed(0)
     full_net, table = build(preset, CLASSES)
     net = nest(full_net, table).to(device, memory_format=torch.channels_last).train()
     x = torch.randn(case.batch, 3, case.size, case.size, device=device).to(memory_format=torch.channels_last)
-    target = torch.randint(CLASSES, (case.batch,), device=device)
+    return net, x, torch.randint(CLASSES, (case.batch,), device=device)
+
+
+def measure(
+    preset: str, device: torch.device, bf16: bool, seconds: float, compiling: bool = True
+) -> dict[str, float | None]:
+    case = CASES[preset]
+    net, x, target = set_up(preset, device)
     ekd, joint = EKD(), EKD(kl=0.0, attention=0.0)
 
     def autocast() -> torch.autocast:

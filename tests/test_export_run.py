@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import TINY, Quiet
-from ddnn import cli, recipe
+from ddnn import recipe
 from ddnn.checkpoint import RunFolder
 from ddnn.data import eval_batches
 from ddnn.export import export_run
@@ -28,22 +28,6 @@ Call = Callable[..., tuple[int, str, str]]
 SMALL = (*TINY, "network.name=cifar/resnet8", "network.width=8")
 """One net: the least there is to trace."""
 TWO = "network.subnets.resnet8=[1,1,1]"
-
-
-@pytest.fixture
-def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ddnn", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 def finished(path: Path, *overrides: str) -> RunFolder:
