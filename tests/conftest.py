@@ -66,7 +66,7 @@ def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 def _measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency and step cost are measured for real, but not for seconds."""
-    step_cost, latency_ms = trainer.step_cost, trainer.evaluate.__globals__["latency_ms"]
+    step_cost, latency_ms = trainer.step_cost, trainer.measures.__globals__["latency_ms"]
     monkeypatch.setattr(trainer, "step_cost", lambda *a, **k: step_cost(*a, **{**k, "budget_s": 0.0}))
     side_by_side = latency_ms.__globals__["side_by_side"]
     quick = lambda calls, device, budget_s, warmup=3: side_by_side(calls, device, 0.0, 1)  # noqa: E731

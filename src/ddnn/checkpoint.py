@@ -42,9 +42,10 @@ log = logging.getLogger("ddnn")
 class RunFolder:
     """One run's folder; `create` makes a new one, `open` takes an existing one."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, *, written: bool = True) -> None:
         self.path = path
         self.recipe = recipe
+        self._written = written
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
@@ -56,6 +57,16 @@ class RunFolder:
         return cls(path, recipe)
 
     @classmethod
+    def create_or_open(cls, path: Path, recipe: Recipe) -> "RunFolder":
+        """A new run folder, or that of a run of the same recipe, to go on with; `RunError` for anything else."""
+        if not (path / "recipe.toml").is_file():
+            return cls.create(path, recipe)
+        run = cls.open(path)
+        if run.recipe != recipe:
+            raise RunError(f"{path} holds a run of another recipe; give another --out, or the recipe it has")
+        return run
+
+    @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The run in this folder; `RunError` if it holds none."""
         if not (path / "recipe.toml").is_file():
@@ -65,11 +76,19 @@ class RunFolder:
                 torn.unlink()
         return cls(path, recipes.reopen(path / "recipe.toml"))
 
+    def unwritten(self) -> "RunFolder":
+        """The same run for a process that must not write: whatever it is asked to write is dropped."""
+        return RunFolder(self.path, self.recipe, written=False)
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._written:
+            write_atomic(self.path / name, content)
+
     # -- small files --------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `run.json` or `summary.json`."""
-        write_atomic(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content, or None where the file is not there yet."""
@@ -95,17 +114,19 @@ class RunFolder:
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         """Write all epochs so far."""
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs).encode())
+        self._write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs).encode())
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Keep the state after `step` optimiser steps, then drop the oldest checkpoints."""
+        if not self._written:
+            return
         buffer = io.BytesIO()
         torch.save({"recipe": self.recipe_digest(), **state}, buffer)
         content = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
-        write_atomic(self.path / "checkpoints" / name, content)
+        self._write(f"checkpoints/{name}", content)
         for old in self._checkpoints()[KEEP:]:
             old.unlink(missing_ok=True)
 
@@ -152,7 +173,7 @@ class RunFolder:
     def save_weights(self, net: DDNN) -> str:
         """Write `model.safetensors`, every tensor once, and return its sha256."""
         content = weights_of(net)
-        write_atomic(self.path / "model.safetensors", content)
+        self._write("model.safetensors", content)
         return hashlib.sha256(content).hexdigest()
 
     def load_weights(self, net: DDNN, digest: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ddnn.errors import RunError
+from ddnn.launch import launched, local_rank
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -16,7 +17,17 @@ def choose_device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise RunError("device cuda is asked for, but torch finds no GPU here; use auto or cpu")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+    if not available or wanted == "cpu":
+        return torch.device("cpu")
+    if not launched():
+        return torch.device("cuda")
+    if local_rank() >= torch.cuda.device_count():
+        raise RunError(
+            f"process {local_rank()} of this host has no GPU of its own, as there are {torch.cuda.device_count()}; "
+            "start no more processes than there are GPUs (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
 
 
 def threads(device: torch.device) -> str:

@@ -37,6 +37,10 @@ class RunError(DDNNError):
     """A run folder or a checkpoint cannot be used, or a training had to stop."""
 
 
+class Preempted(RunError):  # noqa: N818  # what happened is no mistake
+    """The training was asked to end, and can go on."""
+
+
 class ExportError(DDNNError):
     """A network cannot be exported, or what was exported does not compute what the network computes."""
 

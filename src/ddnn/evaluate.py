@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN
+from ddnn.processes import ALONE, Processes
 
 
 class Accuracy(TypedDict):
@@ -34,7 +35,11 @@ def evaluate(
     net: DDNN, batches: Iterable[tuple[Tensor, Tensor]], image_size: int, device: torch.device
 ) -> dict[str, Measures]:
     """Everything there is to say of every net, by name. Latency is that of the extracted sub-nets, batch 1."""
-    scores = accuracy(net, batches)
+    return measures(net, accuracy(net, batches), image_size, device)
+
+
+def measures(net: DDNN, scores: Mapping[str, Accuracy], image_size: int, device: torch.device) -> dict[str, Measures]:
+    """The same, where the accuracy is known already."""
     plain = {name: copy.deepcopy(sub).eval() for name, sub in net.nets.items()}
     for sub in plain.values():
         sub.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # however they were trained
@@ -53,19 +58,27 @@ def evaluate(
 
 
 @torch.no_grad()
-def accuracy(net: DDNN, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Accuracy]:
-    """Accuracy of every net over batches of images [N, 3, H, W] and classes [N], each image counted once."""
+def accuracy(net: DDNN, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE) -> dict[str, Accuracy]:
+    """Accuracy of every net over batches of images [N, 3, H, W] and classes [N], each image counted once.
+
+    Several processes each give batches of their own, and all get the accuracy over the batches of all.
+    """
     training = net.training
     net.eval()
-    counts = {name: torch.zeros(2, dtype=torch.int64) for name in net.depths}
+    kind = next(net.parameters()).dtype
+    counts = torch.zeros(len(net.depths), 2, dtype=torch.int64)
     images = 0
     for x, target in batches:
-        for name, output in net(x).items():
-            counts[name] += hits(output.logits, target).cpu()
+        outputs = net(x.to(kind))
+        counts += torch.stack([hits(outputs[name].logits, target).cpu() for name in net.depths])
         images += len(x)
     net.train(training)
-    assert images, "no images to evaluate on"
-    return {name: {"top1": int(count[0]) / images, "top5": int(count[1]) / images} for name, count in counts.items()}
+    *right, total = processes.sum(torch.cat([counts.flatten(), torch.tensor([images])])).tolist()
+    assert total, "no images to evaluate on"
+    return {
+        name: {"top1": top1 / total, "top5": top5 / total}
+        for name, top1, top5 in zip(net.depths, right[::2], right[1::2], strict=True)
+    }
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:

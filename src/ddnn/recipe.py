@@ -211,8 +211,8 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
     """CPU threads of the training; all cores if not given. A sum split among other threads is rounded differently."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """`bf16`: autocast of matrix products and convolutions; losses stay in float32."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """`bf16`: autocast of matrix products and convolutions; losses stay in float32. `float64`, slow, is for checks."""
     channels_last: bool = True
     compile: bool = False
     """`torch.compile` of the training forward."""
@@ -224,6 +224,12 @@ class Train(Section):
     """Repeat bitwise on one machine, on a GPU too, where this costs some speed."""
     checkpoint_minutes: NonNegative = 5.0
     """A checkpoint is written after every epoch, and within an epoch when this much time has passed."""
+    checkpoint_steps: Count | None = None
+    """Within an epoch, write a checkpoint also after so many steps: as many are repeated at most after a fault."""
+    sync_norm: bool = True
+    """Several processes only: batch norms see the images of all processes together. If not, each sees its own."""
+    patience_minutes: Positive = 5.0
+    """Several processes only: how long one waits for another before it ends the training."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddnn.errors import RunError
@@ -15,6 +16,7 @@ from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
 from ddnn.objective import EKD
 from ddnn.optimizer import make_optimizer, make_scheduler
+from ddnn.processes import ALONE, Processes
 from ddnn.recipe import Recipe
 
 
@@ -34,20 +36,24 @@ class Sums:
         right = {name: hits(z, classes)[0] for name, z in logits.items()}
         self.unseen.append((step, terms, right, len(target)))
 
-    def look(self) -> None:
-        """Add what came in since the last look; `RunError` names the first term that was not finite."""
+    def look(self, processes: Processes = ALONE) -> None:
+        """Add what came in since the last look; `RunError` names the first term that was not finite.
+
+        Of several processes all look at the same steps, and all then know the sums over all.
+        """
         for step, terms, right, images in self.unseen:
-            for name, term in terms.items():
-                value = term.item()
+            mine = [*(term.item() / processes.count for term in terms.values()), *map(int, right.values()), images]
+            values = processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+            for name, value in zip(terms, values, strict=False):
                 if value - value != 0:  # neither infinite nor NaN
                     raise RunError(
                         f"the loss is no longer finite: term {name} is {value} at step {step}; the last good "
                         "checkpoint is kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
                     )
                 self.terms[name] = self.terms.get(name, 0.0) + value
-            for name, count in right.items():
+            for name, count in zip(right, values[len(terms) :], strict=False):
                 self.top1[name] = self.top1.get(name, 0) + int(count)
-            self.images += images
+            self.images += int(values[-1])
             self.steps += 1
         self.unseen = []
 
@@ -75,13 +81,16 @@ class State:
     recipe: Recipe
     net: DDNN
     forward: Callable[[Tensor], Any]
-    """`net`, or its compiled twin with the same parameters."""
+    """`net`, or its twin with the same parameters: compiled, or with gradients averaged over processes."""
     objective: EKD
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     ema: AveragedModel | None
     steps_per_epoch: int
     device: torch.device
+    processes: Processes = ALONE
+    averaging: DistributedDataParallel | None = None
+    """What averages gradients over several processes during a backward."""
     teacher: DDNN | None = None
     """The network that teaches in two-model KD; its last net does."""
     step: int = 0
@@ -94,10 +103,15 @@ class State:
     """Until when `total` and `cpu` are counted."""
 
     @classmethod
-    def fresh(cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device) -> "State":
-        """The state before the first step."""
+    def fresh(
+        cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device, processes: Processes = ALONE
+    ) -> "State":
+        """The state before the first step, the same in all processes."""
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        net.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        kind = torch.float64 if recipe.train.precision == "float64" else None
+        net.to(device, dtype=kind, memory_format=layout).train()  # type: ignore[call-overload]
+        processes.share([*net.parameters(), *net.buffers()])
+        forward = net if recipe.train.lean or processes.count == 1 else processes.wrap(net)
         objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
         if len(net.depths) > 1:
             objective.check(list(net.depths)[:-1])
@@ -106,13 +120,15 @@ class State:
         return cls(
             recipe=recipe,
             net=net,
-            forward=torch.compile(net) if recipe.train.compile else net,
+            forward=torch.compile(forward) if recipe.train.compile else forward,
             objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
             ema=AveragedModel(net, multi_avg_fn=average, use_buffers=True) if recipe.train.ema else None,
             steps_per_epoch=steps_per_epoch,
             device=device,
+            processes=processes,
+            averaging=forward if isinstance(forward, DistributedDataParallel) else None,
         )
 
     @property
@@ -129,11 +145,12 @@ class State:
 
     def dump(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        self.sums.look()
+        self.sums.look(self.processes)
         self.check_finite()  # a checkpoint never holds what can't be gone on from
         self.bank()
         return {
             "step": self.step,
+            "processes": self.processes.count,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -49,10 +49,10 @@ def data_of(run: RunFolder) -> DataSet:
 
 
 def eval_batches(
-    recipe: Recipe, dataset: DataSet, images: data.Images, device: torch.device
+    recipe: Recipe, dataset: DataSet, images: data.Images, device: torch.device, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches to evaluate on, laid out in memory as in training."""
-    return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last)
+    """Batches to evaluate on, laid out in memory as in training; `part` as in `data.eval_batches`."""
+    return data.eval_batches(dataset, images, recipe.train.eval_batch_size, device, recipe.train.channels_last, part)
 
 
 def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> dict[str, Any]:

@@ -6,11 +6,13 @@ the step, so nothing but the step count, weights, optimiser and averages has to 
 
 import contextlib
 import itertools
+import logging
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +29,15 @@ from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
 from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads
 from ddnn.errors import RunError
-from ddnn.evaluate import accuracy, evaluate
+from ddnn.evaluate import accuracy, measures
 from ddnn.network import DDNN, recalibrate
+from ddnn.preemption import Notice, heeded
+from ddnn.processes import Processes, check_divides, synchronised_norms, together
 from ddnn.recipe import Recipe
 from ddnn.state import State, Sums
 from ddnn.trained import data_of, eval_batches, load_trained
+
+log = logging.getLogger("ddnn")
 
 LOOK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 RECALIBRATION_BATCHES = 200
@@ -50,87 +56,172 @@ class Progress(Protocol):
         """An epoch ended."""
 
 
-def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
+class Silent:
+    """Watches a training and says nothing."""
+
+    def start(self, total_steps: int, done: int, dataset: DataSet, net: DDNN) -> None:
+        """Nothing."""
+
+    def steps(self, done: int, loss: float, top1: dict[str, float]) -> None:
+        """Nothing."""
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+GO_ON, SAVE, STOP = 0, 1, 2  # what a process may wish after a step; the highest of all processes' wishes is done
+
+
+def train(run: RunFolder, progress: Progress, processes: Processes | None = None) -> dict[str, Any]:
     """Train a run from its last checkpoint, or from the start, to its end; return the content of `summary.json`.
 
-    Raises `RunError` when a loss is no longer finite; the last good checkpoint stays.
+    Under torchrun every process calls this, and together they train one network; `run` is the same folder for all, and
+    only process 0 writes there. `processes` are those that have met already; if not given, they meet here.
+
+    Raises `RunError` when a loss is no longer finite or another process is lost, and `Preempted` after SIGTERM; the
+    last good checkpoint stays.
     """
-    if summary := run.read_json("summary.json"):
-        return summary
+    if processes is None:
+        recipe = run.recipe
+        device = choose_device(recipe.train.device)
+        with together(device, timedelta(minutes=recipe.train.patience_minutes)) as met:
+            return train(run, progress, met)
+    with heeded(run.path) as notice:
+        return _train(run if processes.first else run.unwritten(), progress, processes, notice)
+
+
+def _train(run: RunFolder, progress: Progress, processes: Processes, notice: Notice) -> dict[str, Any]:
     recipe = run.recipe
+    processes.check_same("the recipe", run.recipe_digest())
+    summary: dict[str, Any] | None = processes.from_first(run.read_json("summary.json") if processes.first else None)
+    if summary:
+        return summary
+    check_divides(recipe.train.batch_size, recipe.train.accumulate, processes.count)
     device = choose_device(recipe.train.device)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
     dataset = data_of(run)
+    processes.check_same(f"the data {dataset.name}", dataset.fingerprint)
     steps = data.steps_per_epoch(dataset.train, recipe.train.batch_size)
     torch.manual_seed(stream_key(recipe.train.seed, "weights"))
     memory = PeakMemory(device)
     keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
-    kept = run.load_checkpoint()
+    kept = processes.from_first(run.load_checkpoint() if processes.first else None)
     network = recipe.network if kept is None else recipe.network.unweighted()
-    state = State.fresh(recipe, build(network, len(dataset.classes), dataset.image_size), steps, device)
+    net = build(network, len(dataset.classes), dataset.image_size)
+    state = State.fresh(recipe, net, steps, device, processes)
     if recipe.objective.teacher is not None:
         state.teacher = load_teacher(run.path / recipe.objective.teacher, dataset, device)
     if kept is not None:
-        state.load(kept)
-    run.write_json("run.json", describe(recipe, dataset, device))
-    epochs = [epoch for epoch in run.metrics() if epoch["epoch"] <= state.step // steps]
+        _go_on(state, kept)
+    run.write_json("run.json", describe(recipe, dataset, device, processes.count))
+    epochs = [epoch for epoch in run.metrics() if epoch["step"] < state.step + (not state.sums.images)]
 
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
     state.start_clocks()
-    with contextlib.closing(SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1)) as events:
-        while state.step < recipe.train.epochs * steps:
-            train_epoch(state, dataset, run, progress)
-            metrics: dict[str, Any] = {"epoch": state.step // steps, "step": state.step, **state.sums.means()}
-            if dataset.validation is not None:
-                with state.clock("evaluate"):
-                    batches = eval_batches(recipe, dataset, dataset.validation, device)
-                    metrics["validation"] = accuracy(state.kept_net, batches)
-            state.sums = Sums()
-            metrics["seconds"] = state.take_seconds()
-            metrics["memory_mb"] = round(memory.taken_mb(), 1)
-            epochs.append(metrics)
-            run.write_metrics(epochs)
-            _write_events(events, metrics)
-            run.save_checkpoint(state.step, state.dump())
-            progress.epoch(metrics)
+    events = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1) if processes.first else None
+    with (
+        contextlib.closing(events) if events else contextlib.nullcontext(),
+        synchronised_norms(state.net, processes) if recipe.train.sync_norm else contextlib.nullcontext(),
+    ):
+        while True:
+            if state.sums.images and state.step % steps == 0:
+                epochs.append(end_epoch(state, dataset, memory))
+                run.write_metrics(epochs)
+                if events:
+                    _write_events(events, epochs[-1])
+                progress.epoch(epochs[-1])
+            if state.step == recipe.train.epochs * steps:
+                break
+            train_epoch(state, dataset, run, progress, notice)
     return finish(run, state, dataset, epochs)
 
 
-def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progress) -> None:
-    """Go on to the end of the epoch that `state` is in."""
-    recipe, device, steps = state.recipe, state.device, state.steps_per_epoch
+def _go_on(state: State, kept: dict[str, Any]) -> None:
+    """Take over a checkpoint, and say what is no longer exact if it is one of another number of processes."""
+    before, now = kept.get("processes", 1), state.processes.count
+    state.load(kept)
+    if before != now and state.processes.first:
+        train = state.recipe.train
+        norms = "" if train.sync_norm else ", and batch norms see parts of another size (train.sync_norm=false)"
+        log.warning(
+            "the run was on %d process(es) until step %d and goes on with %d: sums are rounded in another order from "
+            "here on, so weights are no longer bitwise those of an undisturbed run%s",
+            before, state.step, now, norms,
+        )  # fmt: skip
+
+
+def end_epoch(state: State, dataset: DataSet, memory: PeakMemory) -> dict[str, Any]:
+    """Sum up the epoch that has just ended, and forget its sums."""
+    recipe, processes = state.recipe, state.processes
+    metrics: dict[str, Any] = {"epoch": state.step // state.steps_per_epoch, "step": state.step, **state.sums.means()}
+    if dataset.validation is not None:
+        with state.clock("evaluate"):
+            processes.share(state.kept_net.buffers())  # where each process has statistics of its own
+            batches = eval_batches(recipe, dataset, dataset.validation, state.device, processes.part)
+            metrics["validation"] = accuracy(state.kept_net, batches, processes)
+    state.sums = Sums()
+    metrics["seconds"] = state.take_seconds()
+    metrics["seconds"]["cpu"] = round(float(processes.sum(torch.tensor([metrics["seconds"]["cpu"]]).double())), 3)
+    metrics["memory_mb"] = round(processes.most(memory.taken_mb()), 1)
+    return metrics
+
+
+def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progress, notice: Notice) -> None:
+    """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it."""
+    train, steps, processes = state.recipe.train, state.steps_per_epoch, state.processes
     epoch, start = divmod(state.step, steps)
-    batches = data.train_batches(dataset, recipe, epoch=epoch, start=start, device=device)
+    batches = data.train_batches(
+        dataset, state.recipe, epoch=epoch, start=start, device=state.device, part=processes.part
+    )
     saved = time.monotonic()
-    for x, target in _timed(batches, state):
-        with state.clock("step"):
-            try:
-                terms, logits = train_step(state, x, target)
-            except torch.OutOfMemoryError:
-                raise RunError(
-                    f"{state.device} has too little memory for this step; set train.lean=true, raise train.accumulate "
-                    "or lower train.batch_size"
-                ) from None
-            state.sums.add(state.step, terms, logits, target)
-        if state.step % LOOK_EVERY == 0 or state.step % steps == 0:
-            state.sums.look()
-            progress.steps(state.step, *state.sums.so_far())
-            if time.monotonic() - saved > 60 * recipe.train.checkpoint_minutes and state.step % steps:
+    with notice.held_back():
+        for x, target in _timed(batches, state):
+            with state.clock("step"):
+                try:
+                    terms, logits = train_step(state, x, target)
+                except torch.OutOfMemoryError:
+                    raise RunError(
+                        f"{state.device} has too little memory for this step; set train.lean=true, raise "
+                        "train.accumulate or lower train.batch_size"
+                    ) from None
+                state.sums.add(state.step, terms, logits, target)
+            ended = state.step % steps == 0
+            if state.step % LOOK_EVERY == 0 or ended:
+                state.sums.look(processes)
+                progress.steps(state.step, *state.sums.so_far())
+            due = time.monotonic() - saved > 60 * train.checkpoint_minutes
+            wish = processes.agree(STOP if notice.given else SAVE if due else GO_ON)
+            counted = train.checkpoint_steps is not None and state.step % train.checkpoint_steps == 0
+            if wish != GO_ON or counted or ended:
                 run.save_checkpoint(state.step, state.dump())
                 saved = time.monotonic()
+            if wish == STOP:
+                notice.end(f" after step {state.step}, of which a checkpoint was kept")
+    if notice.given:
+        notice.end(f" after step {state.step}, of which a checkpoint was kept")
 
 
 def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One optimiser step on images [N, 3, H, W] and target; the mean of every term and every net's logits."""
-    train = state.recipe.train
-    torch.manual_seed(stream_key(train.seed, "step", state.step))  # for dropout and the like
+    """One optimiser step on images [N, 3, H, W] and target; the mean of every term and every net's logits.
+
+    Of several processes each gives its own part of the batch, and gets the means and logits of that part.
+    """
+    train, processes = state.recipe.train, state.processes
+    own = (processes.rank,) if processes.rank else ()  # for dropout and the like, another one in every process
+    torch.manual_seed(stream_key(train.seed, "step", state.step, *own))
+    if train.precision == "float64":
+        x = x.double()
     parts = []
-    for images, classes in zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True):
+    pieces = list(zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True))
+    for i, (images, classes) in enumerate(pieces, 1):
         share = len(images) / len(x)
-        terms, logits = (_lean_backward if train.lean else _backward)(state, images, classes, share)
+        with state.averaging.no_sync() if state.averaging and i < len(pieces) else contextlib.nullcontext():
+            terms, logits = (_lean_backward if train.lean else _backward)(state, images, classes, share)
         parts.append(({name: share * term for name, term in terms.items()}, logits))
+    if state.averaging is None:
+        processes.average_gradients(state.net.parameters())
     if state.recipe.optim.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.net.parameters(), state.recipe.optim.clip_norm)
     state.optimizer.step()
@@ -153,7 +244,16 @@ def _backward(
         outputs = state.forward(images)
         teacher = state.taught(images)
     terms = state.objective_now(outputs, target, teacher)
-    (share * torch.stack(list(terms.values())).sum()).backward()
+    loss = share * torch.stack(list(terms.values())).sum()
+    if state.averaging is None:
+        loss.backward()
+    else:  # which waits for a gradient of every parameter, also of a net that has no term in this step
+        idle = [name for name in outputs if not any(term.startswith(f"{name}/") for term in terms)]
+        torch.stack([loss, *(0 * outputs[name].logits.sum() for name in idle)]).sum().backward()
+        taught = {p for name in outputs if name not in idle for p in state.net.nets[name].parameters()}
+        for parameter in state.net.parameters():
+            if parameter not in taught:
+                parameter.grad = None
     return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
 
 
@@ -172,6 +272,8 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
     """Recalibrate where the recipe says so, keep the weights, and touch the test set for the first and last time."""
     recipe, device, net = state.recipe, state.device, state.kept_net
     state.check_finite()
+    processes = state.processes
+    processes.share(net.buffers())  # where each process has statistics of its own
     if recipe.network.norm == "recalibrated":
         whole = recipe.augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0})
         unmixed = recipe.model_copy(update={"augment": whole})
@@ -179,11 +281,19 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         torch.manual_seed(stream_key(recipe.train.seed, "recalibrate"))  # for dropout and the like
         recalibrate(net, (x for x, _ in itertools.islice(batches, RECALIBRATION_BATCHES)))
     digest = run.save_weights(net)
+    net.float()
+    parts = {"test": dataset.test} | ({} if dataset.validation is None else {"validation": dataset.validation})
+    scores = {
+        name: accuracy(net, eval_batches(recipe, dataset, images, device, processes.part), processes)
+        for name, images in parts.items()
+    }
+    if not processes.first:  # what is timed now would be disturbed if all did it
+        return processes.from_first(None)  # type: ignore[no-any-return]
     x, target = next(data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device))
-    part = len(x) // recipe.train.accumulate  # no more at once than the run's own steps took
+    part = len(x) // recipe.train.accumulate // processes.count  # no more at once than the run's own steps took
     state.optimizer.state.clear()
     summary: dict[str, Any] = {
-        "subnets": evaluate(net, eval_batches(recipe, dataset, dataset.test, device), dataset.image_size, device),
+        "subnets": measures(net, scores["test"], dataset.image_size, device),
         "dataset": {"source": dataset.name, "test_images": len(dataset.test), "train_images": len(dataset.train)},
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
@@ -204,9 +314,9 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "weights_sha256": digest,
     }
     if dataset.validation is not None:
-        summary["validation"] = accuracy(net, eval_batches(recipe, dataset, dataset.validation, device))
+        summary["validation"] = scores["validation"]
     run.write_json("summary.json", summary)
-    return summary
+    return processes.from_first(summary)  # type: ignore[no-any-return]
 
 
 def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
@@ -217,11 +327,16 @@ def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
     return teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def describe(recipe: Recipe, dataset: DataSet, device: torch.device) -> dict[str, Any]:
+def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: int) -> dict[str, Any]:
     """What `run.json` says: all that the recipe does not."""
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}},
-        "machine": {"platform": platform.platform(), "device": threads(device), "cpus": os.cpu_count()},
+        "machine": {
+            "platform": platform.platform(),
+            "device": threads(device),
+            "cpus": os.cpu_count(),
+            "processes": processes,
+        },
         "commit": commit(),
         "seed": recipe.train.seed,
         "data": {

@@ -1,12 +1,27 @@
-"""What the verbs hang on, and how an error ends. Exit code 0 is success, 1 a failed run, 2 something asked wrongly."""
+"""What the verbs hang on, and how an error ends.
+
+Exit code 0 is success, 1 a failed run, 2 something asked wrongly, 75 (EX_TEMPFAIL of sysexits.h) a run that was asked
+to end and can go on.
+"""
 
 import logging
 from typing import Annotated
 
 import typer
 
-from ddnn.errors import BudgetError, BundleError, DDNNError, ExportError, HubError, RunError
+from ddnn.errors import (
+    BudgetError,
+    BundleError,
+    DDNNError,
+    ExportError,
+    HubError,
+    NestingError,
+    Preempted,
+    RecipeError,
+    RunError,
+)
 from ddnn.extras import advice
+from ddnn.launch import rank
 from ddnn.version import __version__
 
 app = typer.Typer(
@@ -38,8 +53,12 @@ def main() -> None:
     """Run the command line; an error that speaks to the user is printed without a traceback."""
     try:
         app()
+    except Preempted as stopped:
+        typer.echo(str(stopped) if not rank() else "", err=True, nl=not rank())
+        raise SystemExit(75) from None
     except DDNNError as error:
-        typer.echo(f"error: {error}", err=True)
+        if not (rank() and isinstance(error, RecipeError | NestingError)):  # which all processes find alike
+            typer.echo(f"error: {f'process {rank()}: ' if rank() else ''}{error}", err=True)
         failed = isinstance(error, RunError | ExportError | BundleError | BudgetError | HubError)
         raise SystemExit(1 if failed else 2) from None
     except ModuleNotFoundError as error:

@@ -41,20 +41,29 @@ def train(
       ddnn train my.toml data.source=photos/ train.epochs=30
 
       ddnn train --resume runs/first
+
+    With several processes, on one host or many (--out is needed; the same command again goes on where it was):
+
+      torchrun --nproc-per-node 2 -m ddnn train cifar100-resnet8-14-20 --out runs/first
     """
     named, changes = _split(recipe_and_overrides, overrides)
     if resume is not None and (named or changes or out is not None):
         raise typer.BadParameter(
             "--resume goes on with the recipe in the run folder; give no recipe, KEY=VALUE or --out"
         )
+    from ddnn import launch as processes
     from ddnn import recipe as recipes
 
     name = named[0] if named else "digits"
     chosen = None if resume else recipes.load(name, changes)  # mistakes show before the libraries are loaded
+    launched, first = processes.launched(), processes.rank() == 0
+    if launched and resume is None and out is None:
+        raise typer.BadParameter("several processes need one run folder, and find it again after a fault: give --out")
 
     from ddnn.build import check
     from ddnn.checkpoint import RunFolder
     from ddnn.display import Display, make_console, subnet_table
+    from ddnn.trainer import Silent
     from ddnn.trainer import train as train_run
 
     console = make_console()
@@ -63,7 +72,14 @@ def train(
         run = RunFolder.open(resume)
     else:
         check(chosen)  # before there is a folder
-        run = RunFolder.create(out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}", chosen)
+        folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if not first:
+            run = RunFolder(folder, chosen)  # which the first process makes, perhaps on another host
+        else:
+            run = RunFolder.create_or_open(folder, chosen) if launched else RunFolder.create(folder, chosen)
+    if not first:
+        train_run(run, Silent())
+        return
     console.print(f"run folder: {run.path}", markup=False)
     try:
         with Display(console) as display:

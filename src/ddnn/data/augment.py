@@ -49,15 +49,21 @@ def goes_by_batch(augment: Augment) -> bool:
     return augment.policy == "none" and augment.crop in ("pad", "none")
 
 
-def crop_and_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
+def crop_and_flip(
+    x: Tensor, pad: int, flip: bool, generator: torch.Generator, rows: Tensor | None = None, of: int | None = None
+) -> Tensor:
     """Cut each image out of itself padded with zeros, at a place of its own, and mirror half of them.
 
-    `x`: [B, 3, S, S] of any type, and so is what is returned; `pad`: pixels on each side.
+    `x`: [B, 3, S, S] of any type, and so is what is returned; `pad`: pixels on each side. Where `x` is only a part of a
+    batch, `rows` (int64 [B]) are its places in the whole batch of `of` images, and it is changed as there.
     """
     n, _, side, _ = x.shape
     wide = side + 2 * pad
-    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < (0.5 if flip else 0.0)
+    whole = n if of is None else of
+    top, left = torch.randint(0, 2 * pad + 1, (2, whole, 1), generator=generator)
+    mirrored = torch.rand(whole, 1, generator=generator) < (0.5 if flip else 0.0)
+    if rows is not None:
+        top, left, mirrored = top[rows], left[rows], mirrored[rows]
     along = torch.arange(side)
     rows, columns = top + along, left + torch.where(mirrored, along.flip(0), along)
     places = (rows[:, :, None] * wide + columns[:, None, :]).view(n, 1, side * side).to(x.device)

@@ -22,22 +22,32 @@ def steps_per_epoch(images: Images, batch_size: int) -> int:
 
 
 def train_batches(
-    dataset: DataSet, recipe: Recipe, *, epoch: int, start: int = 0, device: torch.device
+    dataset: DataSet,
+    recipe: Recipe,
+    *,
+    epoch: int,
+    start: int = 0,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches `start`, `start` + 1, ... of one epoch: a function of the recipe and the epoch, wherever it starts.
 
     Yields images, float32 [B, 3, S, S], in the memory format of `train.channels_last`, and targets: int64 [B], or class
     probabilities float32 [B, classes] under mixup and cutmix. A batch has fewer images where some cannot be read.
+    With `part`, (k, n), these are the images that the k-th of n processes takes of each batch: the same ones, changed
+    in the same way, as a single process has at `own_rows`. Only mixup and cutmix then mix within the part.
     Raises `DataError` where there are fewer images than a batch, or too many unreadable ones.
     """
     images, changes, size = dataset.train, recipe.augment, dataset.image_size
     key = (recipe.train.seed, "augment", epoch)
     steps = steps_per_epoch(images, recipe.train.batch_size)
     order = torch.randperm(len(images), generator=augment.stream(recipe.train.seed, "order", epoch))
-    chosen = list(order.split(recipe.train.batch_size)[start:steps])
+    rows = own_rows(recipe.train.batch_size, recipe.train.accumulate, part)
+    chosen = [batch[rows] for batch in order.split(recipe.train.batch_size)[start:steps]]
     if isinstance(images, Held) and augment.goes_by_batch(changes):
         pad = augment.padding(changes, size)
-        batches = _cropped_at_once(images, chosen, start, pad, changes.flip, device, (*key, "crop"))
+        places = rows, recipe.train.batch_size
+        batches = _cropped_at_once(images, chosen, start, pad, changes.flip, device, (*key, "crop"), *places)
     else:
         transform = augment.for_training(changes, size)
         batches = _one_by_one(images, chosen, transform, recipe.data.workers, device, (*key, "image"))
@@ -52,17 +62,34 @@ def train_batches(
         yield _laid_out(x, recipe.train.channels_last), target
 
 
+def own_rows(batch_size: int, accumulate: int, part: tuple[int, int]) -> Tensor:
+    """The rows of a batch, int64, that the k-th of n processes takes; `part` is (k, n).
+
+    Each of the batch's `accumulate` pieces is shared among the processes, so that the pieces hold the same images
+    whatever the number of processes. All get the same number, as n x `accumulate` divides `batch_size`.
+    """
+    which, count = part
+    return torch.arange(batch_size).view(accumulate, count, -1)[:, which].reshape(-1)
+
+
 def eval_batches(
-    dataset: DataSet, images: Images, batch_size: int, device: torch.device, channels_last: bool = False
+    dataset: DataSet,
+    images: Images,
+    batch_size: int,
+    device: torch.device,
+    channels_last: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in order, unchanged but for the resizing and centre crop; the last batch may be smaller.
 
     Yields images, float32 [B, 3, S, S], and labels, int64 [B]. Images that cannot be read are left out; raises
-    `DataError` where they are too many, or all.
+    `DataError` where they are too many, or all. With `part`, (k, n), only every n-th batch from the k-th on: n
+    processes together have every image once, and some may have none.
     """
-    chosen = list(torch.arange(len(images)).split(batch_size))
+    which, count = part
+    chosen = list(torch.arange(len(images)).split(batch_size))[which::count]
     batches: Iterator[tuple[Tensor, Tensor]]
-    nothing_read = True
+    nothing_read = bool(chosen)
     if isinstance(images, Held):
         batches = ((index, images.pixels[index].to(device)) for index in chosen)
     else:
@@ -92,10 +119,12 @@ def _cropped_at_once(
     flip: bool,
     device: torch.device,
     key: tuple[int | str, ...],
+    rows: Tensor,
+    of: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for step, index in enumerate(chosen, start):
         pixels = images.pixels[index].to(device)
-        yield index, augment.crop_and_flip(pixels, pad, flip, augment.stream(*key, step))
+        yield index, augment.crop_and_flip(pixels, pad, flip, augment.stream(*key, step), rows, of)
 
 
 class _Pictures(Dataset[tuple[int, Tensor | str]]):
