@@ -158,9 +158,8 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         processes = Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"process {os.environ['RANK']} on {socket.gethostname()} cannot meet the other "
-            f"{int(os.environ['WORLD_SIZE']) - 1} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{_first_line(error)}"
+            f"the {os.environ['WORLD_SIZE']} processes cannot meet at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} from {socket.gethostname()}: {_first_line(error)}"
         ) from error
     try:
         yield processes
@@ -169,8 +168,9 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         if not _lost(error):
             raise
         raise RunError(
-            f"process {processes.rank} on {socket.gethostname()} lost another one, or waited {patience} in vain for it "
-            f"({_first_line(error)}); the training goes on from its last checkpoint when it is started again"
+            f"another process was lost, or did not answer for {patience.total_seconds():g} s "
+            f"(train.patience_minutes); the training goes on from its last checkpoint when it is started again. torch "
+            f"on {socket.gethostname()} says: {_first_line(error)}"
         ) from None
     finally:
         with contextlib.suppress(RuntimeError):
