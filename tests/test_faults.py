@@ -1,5 +1,6 @@
 """What can go wrong in a long training does go wrong here: kills, pre-emption, full disks, a host that is gone."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ from launching import ENVIRONMENT, EXACT, finished, steps_kept, torchrun, weight
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("DDNN_KILLS", "50"))
-EVERY = 10  # steps between checkpoints: no more are repeated
+EVERY = 4  # steps between checkpoints: no more are repeated
 
 
 def children(process: int) -> list[int]:
@@ -31,7 +32,7 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in listing.read_text().split()] if listing.exists() else []
 
 
-def until(happened: "Iterator[bool]", within_s: float = 120) -> None:
+def until(happened: Iterator[bool], within_s: float = 240) -> None:
     end = time.monotonic() + within_s
     for yes in happened:
         if yes:
@@ -40,21 +41,32 @@ def until(happened: "Iterator[bool]", within_s: float = 120) -> None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A training that is killed, with its workers, when the test is over."""
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as training:
+        try:
+            yield training
+        finally:
+            workers = children(training.pid)
+            training.kill()
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.timeout(900)
 def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL of one of two processes at random moments; torchrun starts them again, and nothing is different."""
-    often = [*EXACT, "train.epochs=60", f"train.checkpoint_steps={EVERY}", "train.precision=float32"]
+    often = [*EXACT, "train.epochs=20", f"train.checkpoint_steps={EVERY}", "train.precision=float32"]
     finished(torchrun(2, "digits", *often, "--out", tmp_path / "undisturbed"))
 
-    run, steps, chance = tmp_path / "run", 60 * 5, random.Random(0)
+    run, steps, chance = tmp_path / "run", 20 * 5, random.Random(0)
     moments = sorted(chance.randrange(steps - EVERY) for _ in range(KILLS))
     launch = ("--standalone", f"--max-restarts={KILLS}", "--monitor-interval=0.05")
-    with subprocess.Popen(
-        torchrun(2, "digits", *often, "--out", run, options=launch),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as training:
+    with started(torchrun(2, "digits", *often, "--out", run, options=launch)) as training:
         assert training.stdout is not None
         lines: list[str] = []
         reader = threading.Thread(target=lambda: lines.extend(training.stdout or []))
@@ -78,7 +90,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
     assert killed == KILLS
     ours, theirs = weights(run), weights(tmp_path / "undisturbed")
     assert [name for name in theirs if not ours[name].equal(theirs[name])] == []
-    assert [epoch["step"] for epoch in RunFolder.open(run).metrics()] == [5 * e for e in range(1, 61)]
+    assert [epoch["step"] for epoch in RunFolder.open(run).metrics()] == [5 * e for e in range(1, 21)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -86,9 +98,7 @@ def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int,
     run = tmp_path / "run"
     long = [*EXACT, "train.epochs=2000", "train.checkpoint_minutes=60", "--out", run]
     command = torchrun(processes, "digits", *long)
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as training:
+    with started(command) as training:
         until(bool(steps_kept(run)) for _ in iter(int, None))
         workers = children(training.pid)
         since = time.monotonic()
@@ -100,13 +110,9 @@ def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int,
     assert "exitcode  : 75" in printed
     step = int(printed.split("after step ")[1].split(",")[0]) if "after step" in printed else None
     assert step is None or steps_kept(run)[-1] == step
-    again = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with again:
-        reached = steps_kept(run)[-1]
-        until(steps_kept(run)[-1] > reached for _ in iter(int, None))  # the same command goes on
-        again.send_signal(signal.SIGKILL)
-        for worker in children(again.pid):
-            os.kill(worker, signal.SIGKILL)
+    reached = steps_kept(run)[-1]
+    with started(command):  # the same command goes on
+        until(steps_kept(run)[-1] > reached for _ in iter(int, None))
 
 
 # -- disks --------------------------------------------------------------------------------------------------------
