@@ -2,6 +2,8 @@
 
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from ddnn import data, recipe
 from ddnn.checkpoint import RunFolder
 from ddnn.data.batches import own_rows
 from ddnn.errors import Preempted, RunError
-from ddnn.processes import ALONE, Processes, check_divides, synchronised_norms
+from ddnn.processes import ALONE, Processes, check_divides, meet, synchronised_norms
 from ddnn.trained import load_data
 from ddnn.trainer import train
 from launching import EXACT, finished, furthest, steps_kept, torchrun
@@ -75,6 +77,25 @@ def test_a_process_alone_talks_to_itself() -> None:
     net = nn.BatchNorm2d(3)
     with synchronised_norms(net, ALONE):
         assert type(net) is nn.BatchNorm2d
+
+
+def meeting(store: dist.HashStore, ranks: list[int], count: int, patience_s: float = 20) -> list[str]:
+    """What `meet` returns to each of these, in threads of their own."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: meet(store, rank, count, timedelta(seconds=patience_s)), ranks))
+
+
+def test_processes_meet_under_a_name_that_no_attempt_had_before() -> None:
+    """Though the store still holds what earlier attempts left there, one of which never got as far."""
+    store = dist.HashStore()
+    first = meeting(store, [0, 1, 2], 3)
+    with pytest.raises(RunError, match="not all 3 processes came within 0.2 s"):
+        meeting(store, [0, 2], 3, patience_s=0.2)
+    with pytest.raises(RunError, match="not all 3 processes came"):
+        meeting(store, [1], 3, patience_s=0.2)
+    again = meeting(store, [2, 1, 0], 3)
+    assert len({*first}) == len({*again}) == 1
+    assert first[0] != again[0]
 
 
 # -- two processes ------------------------------------------------------------------------------------------------

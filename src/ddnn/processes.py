@@ -8,8 +8,11 @@ waits for it.
 """
 
 import contextlib
+import hashlib
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -154,7 +157,10 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(meet(store, rank, count, patience), store)  # type: ignore[attr-defined]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
         processes = Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=patience))
     except (RuntimeError, ValueError) as error:
         raise RunError(
@@ -175,6 +181,38 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def meet(store: Any, rank: int, count: int, patience: timedelta) -> str:
+    """Wait until all processes are here, and return a name for this meeting that no other one ever had.
+
+    torchrun keeps its store when it starts processes again, with the addresses of dead ones still in it, and on several
+    hosts nothing it says tells one attempt from another. So each process leaves a mark of its own, process 0 reads them
+    out until all have agreed to the same list, and what follows is kept under that list's name. Raises `RunError` where
+    not all come in time.
+    """
+
+    def read(key: str) -> str:
+        return str(store.get(key).decode()) if store.check([key]) else ""
+
+    mark = uuid.uuid4().hex
+    store.set(f"ddnn/here/{rank}", mark)
+    end = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            marks = ",".join(read(f"ddnn/here/{r}") for r in range(count))
+            store.set("ddnn/all", marks)
+            if all(read(f"ddnn/agreed/{r}") == marks for r in range(1, count)):
+                store.set("ddnn/begin", marks)
+                return hashlib.sha256(marks.encode()).hexdigest()
+        else:
+            marks = read("ddnn/all")
+            if marks.split(",")[rank : rank + 1] == [mark]:
+                store.set(f"ddnn/agreed/{rank}", marks)
+                if read("ddnn/begin") == marks:
+                    return hashlib.sha256(marks.encode()).hexdigest()
+        time.sleep(0.02)
+    raise RunError(f"not all {count} processes came within {patience.total_seconds():g} s (train.patience_minutes)")
 
 
 def _first_line(error: Exception) -> str:
