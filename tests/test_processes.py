@@ -89,7 +89,7 @@ def test_processes_meet_under_a_name_that_no_attempt_had_before() -> None:
     """Though the store still holds what earlier attempts left there, one of which never got as far."""
     store = dist.HashStore()
     first = meeting(store, [0, 1, 2], 3)
-    with pytest.raises(RunError, match="not all 3 processes came within 0.2 s"):
+    with pytest.raises(RunError, match=r"not all 3 processes came within 0.2 s"):
         meeting(store, [0, 2], 3, patience_s=0.2)
     with pytest.raises(RunError, match="not all 3 processes came"):
         meeting(store, [1], 3, patience_s=0.2)
