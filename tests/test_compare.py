@@ -1,6 +1,11 @@
 """The fair fight: one recipe, one code path; resumable, and what it reports is what the runs say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY, Quiet
+from conftest import TINY, Quiet, trainings_of
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
 from ddnn.compare import METHODS, Local, compare, engine, plan, seconds_left
@@ -218,3 +223,46 @@ def test_trainings_are_processes_of_their_own(tmp_path: Path) -> None:
     compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, watcher, engine=Local(2))
     assert sorted(watcher.ended) == sorted(["ekd-seed0", *(f"alone-{net}-seed0" for net in NETS)])
     assert "test set, last epoch" in (tmp_path / "fair" / "runs" / "ekd-seed0" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_no_training_outlives_a_killed_comparison(tmp_path: Path) -> None:
+    options = [*TINY, "train.epochs=1000", "--methods", "ekd", "--seeds", "1", "-o", str(tmp_path / "fair")]
+    killed = subprocess.Popen([sys.executable, "-m", "ddnn", "compare", "digits", *options])
+    wait_for(lambda: list(tmp_path.glob("fair/runs/*/checkpoints/step-*.pt")))
+    assert len(trainings_of(tmp_path / "fair")) == 1
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    wait_for(lambda: not trainings_of(tmp_path / "fair"))
+
+
+def wait_for(there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_engines_are_asked_for_by_name(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    asked = ("compare", "digits", "--out", tmp_path / "fair")
+    for options, sentence in {
+        ("--engine", "slurm"): "--engine slurm: choose local or ray",
+        ("--address", "auto"): "--address auto needs --engine ray",
+        ("--engine", "ray", "--address", "ray://h:1"): "--address ray://h:1: give auto or HOST:PORT",
+    }.items():
+        code, _, said = ddnn(*asked, *options)
+        assert code == 2
+        assert sentence in " ".join(said.replace("│", " ").split())
+    assert not (tmp_path / "fair").exists()
+
+
+def test_without_ray_it_says_what_to_install(
+    ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ddnn.compare.over_ray", raising=False)
+    code, _, said = ddnn("compare", "digits", "--out", tmp_path / "fair", "--engine", "ray")
+    assert code == 1
+    assert said == "error: this needs ray, which is not installed; it comes with: pip install 'ddnn[ray]'\n"
+    assert not (tmp_path / "fair").exists()

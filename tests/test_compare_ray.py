@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY
+from conftest import TINY, trainings_of
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
 from ddnn.compare import compare
 from ddnn.errors import RunError
 from ddnn.recipe import Recipe
 
-RECIPE = (*TINY, "train.epochs=40", "train.threads=1")
+RECIPE = (*TINY, "train.epochs=20", "train.threads=1")
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ddnn[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning:ray")]
 
@@ -60,19 +60,6 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("runs/*/model.safetensors"))}
 
 
-def trainings_of(folder: Path) -> list[int]:
-    """The processes that have this folder in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        if str(folder / "runs").encode() in command:
-            found.append(int(path.parent.name))
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The weights of a comparison by the engine that is the default."""
@@ -82,10 +69,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Three hosts in one: the head, which has no cores, and two with one each."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     made.hosts = [made.add_node(num_cpus=1) for _ in range(2)]
     ray.init(made.address, log_to_driver=False, logging_level="ERROR")
@@ -185,4 +173,4 @@ def test_ctrl_c_leaves_what_can_be_gone_on_with(tmp_path: Path, undisturbed: dic
     assert again.returncode == 0, again.stderr
     assert weights(folder) == undisturbed
     assert "resumed after step" in (folder / "runs" / "ekd-seed0" / "log.txt").read_text()
-    assert len(RunFolder.open(folder / "runs" / "ekd-seed0").metrics()) == 40
+    assert len(RunFolder.open(folder / "runs" / "ekd-seed0").metrics()) == 20

@@ -32,6 +32,8 @@ from ddnn.recipe import Recipe
 
 LOSSES = 3
 """How often a training may lose its worker before it counts as failed."""
+LOOK = 300.0
+"""Seconds within which every host has to say that it can run trainings."""
 WITHOUT_HOST = 600.0
 """Seconds that trainings wait for a host that can run them, when the last one is gone."""
 UNSEEN = 60.0
@@ -81,7 +83,7 @@ class OverRay:
         looks = [(node["NodeManagerHostname"], _remote(_complaint, num_cpus=0, strategy=_on(node))) for node in hosts]
         for host, look in [(host, task.remote(self._folder, self._driver)) for host, task in looks]:
             try:
-                complaint = ray.get(look, timeout=UNSEEN)
+                complaint = ray.get(look, timeout=LOOK)
             except (exceptions.RayError, ImportError) as error:
                 complaint = f"host {host} of the Ray cluster can't run a training: {_first_line(error)}"
             if complaint:
@@ -182,6 +184,7 @@ class OverRay:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
+        os.environ.setdefault("RAY_worker_niceness", "0")  # or other work of this machine would starve the trainings
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray is going to do anyway
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
@@ -273,6 +276,8 @@ def _remote(function: Callable[..., Any], *, strategy: Any, **options: Any) -> A
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, exceptions.GetTimeoutError):
+        return f"it has not answered for {LOOK:.0f} s"
     if isinstance(error, exceptions.RayTaskError):
         error = error.cause
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
