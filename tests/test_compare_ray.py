@@ -153,6 +153,12 @@ def test_what_no_host_can_do_is_said(tmp_path: Path) -> None:
     assert re.search(r"has torch \S+, here has 1\.0$", str(_complaint(tmp_path, {**driver, "torch": "1.0"})))
 
 
+def test_a_cluster_that_does_not_answer(tmp_path: Path) -> None:
+    watcher = Disturber("", tmp_path, lambda about: None)
+    with pytest.raises(RunError, match=r"cannot reach a Ray cluster at 127\.0\.0\.1:9: .*refused; `ray start --head`"):
+        compare(tmp_path / "fair", recipe(), ["ekd"], 1, watcher, engine=engine(address="127.0.0.1:9"))
+
+
 def test_ctrl_c_leaves_what_can_be_gone_on_with(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """By the command line, which starts Ray on this machine by itself."""
     folder = tmp_path / "fair"

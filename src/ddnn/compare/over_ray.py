@@ -32,6 +32,8 @@ from ddnn.recipe import Recipe
 
 LOSSES = 3
 """How often a training may lose its worker before it counts as failed."""
+ANSWER = 10.0
+"""Seconds that a cluster's head has to answer in."""
 LOOK = 300.0
 """Seconds within which every host has to say that it can run trainings."""
 WITHOUT_HOST = 600.0
@@ -191,6 +193,9 @@ class OverRay:
             if self.address is None:
                 ray.init("local", include_dashboard=False, **quiet)
             else:
+                if self.address != "auto":  # Ray itself would try for a quarter of an hour
+                    host, _, port = self.address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=ANSWER).close()
                 ray.init(self.address, **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise RunError(
