@@ -134,13 +134,20 @@ def test_a_lost_host_is_replaced(cluster: Any, tmp_path: Path, undisturbed: dict
 
 
 @pytest.mark.usefixtures("cluster")
-def test_what_no_host_can_do_is_said(tmp_path: Path) -> None:
+def test_what_no_host_can_do_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddnn.compare import over_ray
     from ddnn.compare.over_ray import _complaint, _versions
 
     watcher = Disturber("", tmp_path, lambda about: None)
     large = recipes.load("digits", [*RECIPE, "train.threads=3"])
     with pytest.raises(RunError, match=r"no host .* can run a training, which takes 3 cores \(train\.threads\)$"):
         compare(tmp_path / "large", large, ["ekd"], 1, watcher, engine=engine())
+    with monkeypatch.context() as patched:  # what is written here doesn't arrive there
+        patched.setattr(over_ray, "write_atomic", lambda path, content: None)
+        with pytest.raises(
+            RunError, match=r"^host \S+ of the Ray cluster doesn't see \S+/apart as \S+ does; give an --out"
+        ):
+            compare(tmp_path / "apart", recipe(), ["ekd"], 1, watcher, engine=engine())
     driver = {"token": "ours", "host": "here", **_versions()}
     (tmp_path / "workers").mkdir()
     assert "doesn't see" in str(_complaint(tmp_path, driver))
