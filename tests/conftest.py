@@ -20,6 +20,19 @@ TINY = (
 )
 
 
+def trainings_of(folder: Path) -> list[int]:
+    """The processes that have this folder in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if str(folder / "runs").encode() in command:
+            found.append(int(path.parent.name))
+    return found
+
+
 class Quiet:
     """Watches a training in silence; calls `at` with the steps done, to disturb it."""
 

@@ -1,6 +1,11 @@
 """The fair fight: one recipe, one code path; resumable, and what it reports is what the runs say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY, Quiet
-from ddnn import compare as comparison
+from conftest import TINY, Quiet, trainings_of
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
-from ddnn.compare import METHODS, compare, plan, seconds_left
+from ddnn.compare import METHODS, Local, compare, engine, plan, seconds_left
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import macs
 from ddnn.recipe import Recipe
@@ -35,6 +39,9 @@ class Silent:
     def finished(self, name: str, summary: dict[str, Any]) -> None:
         self.ended.append(name)
 
+    def note(self, sentence: str) -> None:
+        pass
+
 
 def tiny_recipe(*overrides: str) -> Recipe:
     return recipes.load("digits", [*TINY, "train.epochs=1", *overrides])
@@ -44,11 +51,11 @@ def tiny_recipe(*overrides: str) -> Recipe:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings run here instead of in processes of their own, which take seconds to start."""
 
-    def run(path: Path, recipe: Recipe) -> int:
+    def run(path: Path, recipe: Recipe, keep_on: Callable[[], bool]) -> int:
         train(RunFolder.open(path) if path.exists() else RunFolder.create(path, recipe), Quiet())
         return 0
 
-    monkeypatch.setattr(comparison, "_train", run)
+    monkeypatch.setattr(engine, "train_run", run)
 
 
 def test_methods_differ_in_nothing_but_what_they_say() -> None:
@@ -146,15 +153,15 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = comparison._train, []
+    real, calls = engine.train_run, []
 
-    def dies(path: Path, recipe: Recipe) -> int:
+    def dies(path: Path, recipe: Recipe, keep_on: Callable[[], bool]) -> int:
         calls.append(path.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(path, recipe)
+        return real(path, recipe, keep_on)
 
-    monkeypatch.setattr(comparison, "_train", dies)
+    monkeypatch.setattr(engine, "train_run", dies)
     with pytest.raises(KeyboardInterrupt):
         compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, Silent())
     content = json.loads((tmp_path / "fair" / "comparison.json").read_text())
@@ -169,11 +176,12 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = comparison._train
-    fails: Callable[[Path, Recipe], int] = lambda path, recipe: (  # noqa: E731
-        1 if path.name == "alone-resnet20-seed0" else real(path, recipe)
-    )
-    monkeypatch.setattr(comparison, "_train", fails)
+    real = engine.train_run
+
+    def fails(path: Path, recipe: Recipe, keep_on: Callable[[], bool]) -> int:
+        return 1 if path.name == "alone-resnet20-seed0" else real(path, recipe, keep_on)
+
+    monkeypatch.setattr(engine, "train_run", fails)
     watcher = Silent()
     with pytest.raises(RunError, match=r"4 of 6 trainings failed.*alone-resnet20-seed0 \(see .*log.txt\); two-model"):
         compare(tmp_path / "fair", tiny_recipe(), ["two-model-kd"], 1, watcher)
@@ -200,6 +208,7 @@ def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
     work = [macs(load, 32) for load in _plain_nets()]
     expected = 20 / (2 * work[0]) * (2 * work[0] + 4 * work[1] + 4 * work[2])
     assert seconds_left(tmp_path, jobs) == pytest.approx(expected)
+    assert seconds_left(tmp_path, jobs, at_a_time=2) == pytest.approx(expected / 2)
 
 
 def _plain_nets() -> list[torch.nn.Module]:
@@ -211,6 +220,49 @@ def _plain_nets() -> list[torch.nn.Module]:
 @pytest.mark.slow
 def test_trainings_are_processes_of_their_own(tmp_path: Path) -> None:
     watcher = Silent()
-    compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, watcher, workers=2)
+    compare(tmp_path / "fair", tiny_recipe(), ["ekd", "alone"], 1, watcher, engine=Local(2))
     assert sorted(watcher.ended) == sorted(["ekd-seed0", *(f"alone-{net}-seed0" for net in NETS)])
     assert "test set, last epoch" in (tmp_path / "fair" / "runs" / "ekd-seed0" / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_no_training_outlives_a_killed_comparison(tmp_path: Path) -> None:
+    options = [*TINY, "train.epochs=1000", "--methods", "ekd", "--seeds", "1", "-o", str(tmp_path / "fair")]
+    killed = subprocess.Popen([sys.executable, "-m", "ddnn", "compare", "digits", *options])
+    wait_for(lambda: list(tmp_path.glob("fair/runs/*/checkpoints/step-*.pt")))
+    assert len(trainings_of(tmp_path / "fair")) == 1
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    wait_for(lambda: not trainings_of(tmp_path / "fair"))
+
+
+def wait_for(there: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_engines_are_asked_for_by_name(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    asked = ("compare", "digits", "--out", tmp_path / "fair")
+    for options, sentence in {
+        ("--engine", "slurm"): "--engine slurm: choose local or ray",
+        ("--address", "auto"): "--address auto needs --engine ray",
+        ("--engine", "ray", "--address", "ray://h:1"): "--address ray://h:1: give auto or HOST:PORT",
+    }.items():
+        code, _, said = ddnn(*asked, *options)
+        assert code == 2
+        assert sentence in " ".join(said.replace("│", " ").split())
+    assert not (tmp_path / "fair").exists()
+
+
+def test_without_ray_it_says_what_to_install(
+    ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ddnn.compare.over_ray", raising=False)
+    code, _, said = ddnn("compare", "digits", "--out", tmp_path / "fair", "--engine", "ray")
+    assert code == 1
+    assert said == "error: this needs ray, which is not installed; it comes with: pip install 'ddnn[ray]'\n"
+    assert not (tmp_path / "fair").exists()

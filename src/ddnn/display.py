@@ -100,6 +100,10 @@ class ComparisonDisplay:
         if not self.console.is_terminal and hasattr(self, "line"):
             self.console.print(self.line, highlight=False)
 
+    def note(self, sentence: str) -> None:
+        """One line for something that happened."""
+        self.console.print(sentence, markup=False, highlight=False)
+
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)

@@ -19,6 +19,7 @@ PACKAGES = {
     "runtime": ("onnxruntime",),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
+    "ray": ("ray",),
     "figures": ("jinja2", "markupsafe", "matplotlib"),
 }
 """Import names by extra."""

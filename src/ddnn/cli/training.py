@@ -1,6 +1,7 @@
 """Verbs that make runs and look at them."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -118,7 +119,23 @@ def compare(
         str | None, typer.Option(metavar="A,B,...", help="Only these of the methods above (default: all).")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings of each, with N seeds.")] = 3,
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings at a time on this machine.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Trainings at a time (default: 1; with Ray, as many as there is room for)."
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(metavar="local|ray", help="Processes of this machine, or tasks of a Ray cluster (docs/many.md)."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="With --engine ray: the cluster; auto is the one this host is in (default: one on this machine).",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The same as a KEY=VALUE argument.")
     ] = None,
@@ -136,19 +153,31 @@ def compare(
     named, changes = _split(recipe_and_overrides, overrides)
     if not named:
         raise typer.BadParameter("give a recipe: a shipped one (`ddnn recipes`) or a TOML file")
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine {engine}: choose local or ray")
+    if address is not None and engine != "ray":
+        raise typer.BadParameter(f"--address {address} needs --engine ray")
+    if address is not None and address != "auto" and not re.fullmatch(r"[^\s:/]+:\d+", address):
+        raise typer.BadParameter(f"--address {address}: give auto or HOST:PORT, on a host that is in the cluster")
     from ddnn import recipe as recipes
 
     chosen = recipes.load(named[0], changes)
-    from ddnn.compare import METHODS
+    from ddnn.compare import METHODS, Engine, Local
     from ddnn.compare import compare as run_comparison
     from ddnn.display import ComparisonDisplay, make_console
 
+    if engine == "ray":
+        from ddnn.compare.over_ray import OverRay
+
+        runs_on: Engine = OverRay(address, workers)
+    else:
+        runs_on = Local(workers or 1)
     console = make_console()
     wanted = list(METHODS) if methods is None else [method.strip() for method in methods.split(",")]
     try:
         with ComparisonDisplay(console) as display:
             result = run_comparison(
-                out, chosen, wanted, seeds, display, name=" ".join([Path(named[0]).stem, *changes]), workers=workers
+                out, chosen, wanted, seeds, display, name=" ".join([Path(named[0]).stem, *changes]), engine=runs_on
             )
     except KeyboardInterrupt:
         make_console(stderr=True).print("stopped; the same command goes on where it was", markup=False)

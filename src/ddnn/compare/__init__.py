@@ -1,0 +1,116 @@
+"""The fair fight: DDNN-EKD against each depth alone and against the rivals, one recipe, several seeds.
+
+Every method is the same recipe with a few fields changed, run by the same trainer; for one seed all methods see the
+same images in the same order. A comparison is a folder:
+
+    recipe.toml                the recipe all methods share
+    runs/METHOD[-NET]-seedN/   one run folder per training
+    comparison.json            what came out so far; rewritten whenever a run ends
+
+Each training is a process of its own (`ddnn train --resume`), on this machine or, with Ray, on one of many hosts.
+Calling it again goes on where it was: finished runs are kept, a broken one is resumed from its checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from ddnn import recipe as recipes
+from ddnn.build import build, check
+from ddnn.compare.engine import Engine, Local, see_log
+from ddnn.compare.outcome import collect, seconds_left, summary_of
+from ddnn.compare.plan import METHODS, Job, plan
+from ddnn.errors import RunError
+from ddnn.files import write_atomic
+from ddnn.recipe import Recipe
+
+__all__ = ["METHODS", "Engine", "Job", "Local", "Watcher", "compare", "plan", "seconds_left"]
+
+
+class Watcher(Protocol):
+    """Who watches a comparison."""
+
+    def comparison(self, running: list[str], done: int, total: int, seconds_left: float | None) -> None:
+        """Where it stands; called about once a second."""
+
+    def finished(self, name: str, summary: dict[str, Any]) -> None:
+        """A training ended."""
+
+    def note(self, sentence: str) -> None:
+        """Something happened that a person should know."""
+
+
+def compare(
+    folder: Path,
+    recipe: Recipe,
+    methods: list[str],
+    seeds: int,
+    watcher: Watcher,
+    *,
+    name: str = "recipe.toml",
+    engine: Engine | None = None,
+) -> Path:
+    """Run what is missing of a comparison and return its `comparison.json`.
+
+    `name` is what the result calls the recipe. `engine` is what the trainings run on; by default processes of this
+    machine, one at a time.
+
+    A training that fails does not stop the others; `RunError` names the failed ones at the end.
+    """
+    check(recipe)
+    net = build(recipe.network.unweighted(), num_classes=2)
+    plan(recipe, methods, seeds, list(net.depths))  # mistakes show before anything is made
+    _open(folder, recipe)
+    engine = engine or Local()
+    try:
+        jobs = plan(engine.open(folder, recipe, watcher.note), methods, seeds, list(net.depths))
+        collect(folder, recipe, jobs, name)
+        failed = _run(folder, recipe, jobs, watcher, name, engine)
+    finally:
+        engine.close()
+    if failed:
+        lines = "; ".join(f"{name} ({why})" for name, why in failed.items())
+        raise RunError(
+            f"{len(failed)} of {len(jobs)} trainings failed: {lines}. The others are kept; call again to retry"
+        )
+    return folder / "comparison.json"
+
+
+def _run(folder: Path, recipe: Recipe, jobs: list[Job], watcher: Watcher, name: str, engine: Engine) -> dict[str, str]:
+    """Run what is missing; why trainings failed, by name."""
+    by_name = {job.name: job for job in jobs}
+    todo = [job for job in jobs if not summary_of(folder, job)]
+    started: set[str] = set()
+    failed: dict[str, str] = {}
+    while todo or started:
+        for job in list(todo):
+            if job.needs in failed:
+                failed[job.name] = f"needs {job.needs}"
+                todo.remove(job)
+            elif engine.takes_more() and (job.needs is None or summary_of(folder, by_name[job.needs])):
+                engine.start(job)
+                started.add(job.name)
+                todo.remove(job)
+        for ended, why in engine.ended(1.0).items():
+            started.remove(ended)
+            summary = summary_of(folder, by_name[ended])
+            if why or summary is None:
+                failed[ended] = why or see_log(folder, ended)
+            else:
+                collect(folder, recipe, jobs, name)
+                watcher.finished(ended, summary)
+        running = engine.running()
+        done = sum(summary_of(folder, job) is not None for job in jobs)
+        watcher.comparison(running, done, len(jobs), seconds_left(folder, jobs, failed, len(running)))
+    return failed
+
+
+def _open(folder: Path, recipe: Recipe) -> None:
+    """Make the folder, or check that it is a comparison of this recipe."""
+    path = folder / "recipe.toml"
+    if path.exists():
+        if recipes.reopen(path) != recipe:
+            raise RunError(f"{folder} holds a comparison of another recipe (see {path}); give another --out")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and is no comparison; give another --out")
+    else:
+        write_atomic(path, recipe.to_toml().encode())

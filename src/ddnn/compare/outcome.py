@@ -1,0 +1,118 @@
+"""What came out of a comparison so far, and how long the rest will take: both are read from the run folders."""
+
+import functools
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ddnn.build import build
+from ddnn.checkpoint import RunFolder
+from ddnn.compare.plan import Job
+from ddnn.evaluate import macs
+from ddnn.files import write_atomic
+from ddnn.recipe import Network, Recipe
+
+
+def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
+    """The `summary.json` of a training; None where it has not ended."""
+    path = folder / "runs" / job.name
+    return RunFolder(path, job.recipe).read_json("summary.json")
+
+
+def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a_time: int = 1) -> float | None:
+    """Seconds per MAC of the epochs done so far, times the MACs of those to come; None before the first epoch.
+
+    `at_a_time` trainings share the work. How they slow each other down is in their seconds already.
+    """
+    spent, macs_done, macs_left = 0.0, 0.0, 0.0
+    for job in jobs:
+        if job.name in failed:
+            continue
+        epochs = RunFolder(folder / "runs" / job.name, job.recipe).metrics()
+        per_epoch = _cost(job.recipe)
+        spent += sum(epoch["seconds"]["total"] for epoch in epochs)
+        macs_done += per_epoch * len(epochs)
+        macs_left += per_epoch * (job.recipe.train.epochs - len(epochs))
+    return spent / macs_done * macs_left / max(1, at_a_time) if macs_done else None
+
+
+@functools.cache
+def _macs_per_image(network_json: str, taught: bool, size: int, classes: int) -> int:
+    """MACs of a training step per image: forward once, backward twice as much; a separate teacher's forward too."""
+    network = Network.model_validate_json(network_json).unweighted()
+    total = 3 * macs(build(network, classes, size), size)
+    if taught:
+        whole = build(network.model_copy(update={"alone": None}), classes, size)
+        total += macs(whole.nets[whole.full_name], size)
+    return total
+
+
+def _cost(recipe: Recipe, size: int | None = None, classes: int = 10) -> int:
+    size = size or recipe.data.image_size or 32
+    return _macs_per_image(recipe.network.model_dump_json(), recipe.objective.teacher is not None, size, classes)
+
+
+def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:
+    """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null."""
+    summaries = {job.name: summary_of(folder, job) for job in jobs}
+    done = {name: summary for name, summary in summaries.items() if summary}
+    seeds = sorted({job.seed for job in jobs})
+    content: dict[str, Any] = {
+        "dataset": recipe.data.source,
+        "recipe": name,
+        "seeds": [recipe.train.seed + seed for seed in seeds],
+        "epochs": recipe.train.epochs,
+        "complete": len(done) == len(jobs),
+        "nets": {},
+        "methods": {},
+    }
+    by_name = {job.name: job for job in jobs}
+    order = list(build(recipe.network.unweighted(), 2).depths)
+    for net in order:
+        rows = [summary["subnets"][net] for summary in done.values() if net in summary["subnets"]]
+        if rows:
+            kept = {key: rows[0][key] for key in ("depths", "params", "macs")}
+            content["nets"][net] = {**kept, "latency_ms": statistics.median(row["latency_ms"] for row in rows)}
+    for method in dict.fromkeys(job.method for job in jobs):
+        mine = {seed: [job for job in jobs if job.method == method and job.seed == seed] for seed in seeds}
+        top1: dict[str, list[float | None]] = {net: [] for net in order}
+        seconds, cpu_seconds, memory, steps = [], [], [], []
+        for seed in seeds:
+            finished = [done[job.name] for job in mine[seed] if job.name in done]
+            for net in order:
+                found = [summary["subnets"][net]["top1"] for summary in finished if net in summary["subnets"]]
+                top1[net].append(found[0] if found else None)
+            # what the method costs includes the training of a teacher that it needs
+            all_jobs = {job.name: job for job in mine[seed]}
+            all_jobs |= {job.needs: by_name[job.needs] for job in mine[seed] if job.needs}
+            if all(name in done for name in all_jobs):
+                seconds.append(sum(done[name]["train_seconds"] for name in all_jobs))
+                cpu_seconds.append(sum(done[name]["cpu_seconds"] for name in all_jobs))
+                memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
+                data = _about(folder, next(iter(all_jobs)))["data"]
+                size, classes = data["image_size"], len(data["classes"])
+                steps.append(
+                    recipe.train.batch_size * sum(_cost(job.recipe, size, classes) for job in all_jobs.values())
+                )
+        content["methods"][method] = {
+            "subnets": top1,
+            "seconds": statistics.mean(seconds) if seconds else None,
+            "cpu_seconds": statistics.mean(cpu_seconds) if cpu_seconds else None,
+            "macs_per_step": steps[0] if steps else None,
+            "peak_memory_mb": max(memory) if memory else None,
+            "runs": {str(recipe.train.seed + seed): [job.name for job in mine[seed]] for seed in seeds},
+        }
+    if done:
+        first, summary = next(iter(done.items()))
+        about = _about(folder, first)
+        content |= {"machine": about["machine"]["device"], "versions": about["versions"], "commit": about["commit"]}
+        content["test_images"] = summary["dataset"]["test_images"]
+    write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
+    return content
+
+
+def _about(folder: Path, name: str) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / "runs" / name / "run.json").read_text(encoding="utf-8"))
+    return about

@@ -1,0 +1,92 @@
+"""Which trainings a comparison consists of."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddnn.errors import RecipeError
+from ddnn.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a comparison."""
+
+    name: str
+    """Of its folder in `runs/`."""
+    method: str
+    seed: int
+    recipe: Recipe
+    needs: str | None = None
+    """The job that has to be finished before."""
+
+
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with some fields of some sections changed."""
+    parts = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
+    return recipe.model_copy(update=parts)
+
+
+Trainings = list[tuple[str, Recipe, str | None]]
+"""Of one method and seed: ending of the name, recipe, name of the training that has to be finished before."""
+Method = Callable[[Recipe, list[str], int], Trainings]
+"""Called with the recipe, the names of the nets (the full-net last) and the seed's number."""
+
+
+def _joint(**objective: Any) -> Method:
+    """A method that is one training of the whole DDNN."""
+    return lambda recipe, nets, seed: [("", changed(recipe, objective=objective), None)]
+
+
+def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
+    return [(f"-{net}", changed(recipe, network={"alone": net}), None) for net in nets]
+
+
+def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
+    teacher = f"alone-{nets[-1]}-seed{seed}"
+    beside = Path("..") / teacher  # as seen from its own run folder
+    objective = {"teacher": beside, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+    return [(f"-{net}", changed(recipe, network={"alone": net}, objective=objective), teacher) for net in nets]
+
+
+METHODS: dict[str, Method] = {
+    "ekd": _joint(),
+    "alone": _alone,
+    "joint": _joint(kl=0.0, attention=0.0),
+    "kl": _joint(attention=0.0),
+    "attention": _joint(kl=0.0),
+    "two-model-kd": _two_model_kd,
+    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
+}
+"""What each method makes of the recipe.
+
+`ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
+`kl` and `attention` leave one of the two terms of distillation; `two-model-kd` trains every depth with the full-net
+of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `adaptive-depth`
+has the objective of adaptive-depth networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its
+posteriors only, at temperature 1. There only the smallest sub-net is trained; here every sub-net is, since each has
+norms of its own.
+"""
+
+
+def plan(recipe: Recipe, methods: Iterable[str], seeds: int, nets: list[str]) -> list[Job]:
+    """All trainings, seed by seed, so that a comparison cut short has whole seeds; teachers before their students."""
+    jobs: dict[str, Job] = {}
+    for seed in range(seeds):
+        seeded = changed(recipe, train={"seed": recipe.train.seed + seed})
+        for method in _with_prerequisites(methods):
+            for ending, theirs, needs in METHODS[method](seeded, nets, seed):
+                name = f"{method}{ending}-seed{seed}"
+                jobs[name] = Job(name, method, seed, theirs, needs)
+    return list(jobs.values())
+
+
+def _with_prerequisites(methods: Iterable[str]) -> list[str]:
+    wanted = list(methods)
+    unknown = [method for method in wanted if method not in METHODS]
+    if unknown:
+        raise RecipeError(f"no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
+    if "two-model-kd" in wanted and "alone" not in wanted:
+        wanted.append("alone")  # where its teachers come from
+    return [method for method in METHODS if method in wanted]
