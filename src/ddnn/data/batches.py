@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ddnn.data import augment
+from ddnn.data.order import epoch_order
 from ddnn.data.sets import DataSet, Held, Images, Stored
 from ddnn.errors import DataError
 from ddnn.picture import UnreadableError
@@ -33,7 +34,7 @@ def train_batches(
     images, changes, size = dataset.train, recipe.augment, dataset.image_size
     key = (recipe.train.seed, "augment", epoch)
     steps = steps_per_epoch(images, recipe.train.batch_size)
-    order = torch.randperm(len(images), generator=augment.stream(recipe.train.seed, "order", epoch))
+    order = epoch_order(images, recipe, epoch)
     chosen = list(order.split(recipe.train.batch_size)[start:steps])
     if isinstance(images, Held) and augment.goes_by_batch(changes):
         pad = augment.padding(changes, size)
@@ -98,7 +99,11 @@ def _cropped_at_once(
         yield index, augment.crop_and_flip(pixels, pad, flip, augment.stream(*key, step))
 
 
-class _Pictures(Dataset[tuple[int, Tensor | str]]):
+Item = tuple[int, Tensor | str | DataError]
+"""Number of an image, and its pixels or the reason why it cannot be read; an error where the training can't go on."""
+
+
+class _Pictures(Dataset[Item]):
     """Number of an image to that number and its pixels, uint8 [3, S, S], or the reason why it cannot be read.
 
     With a key, image i is changed by the stream (*key, i), whichever process reads it.
@@ -107,9 +112,18 @@ class _Pictures(Dataset[tuple[int, Tensor | str]]):
     def __init__(self, images: Images, transform: v2.Transform, key: tuple[int | str, ...]) -> None:
         self._images, self._transform, self._key = images, transform, key
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitems__(self, indices: list[int]) -> list[Item]:
         try:
-            picture = self._images.picture(index)
+            images = self._images.fetched(indices)
+        except DataError as error:
+            return [(indices[0], error)]
+        return [self._item(images, index) for index in indices]
+
+    def _item(self, images: Images, index: int) -> Item:
+        try:
+            picture = images.picture(index)
+        except DataError as error:  # raised by a worker it would come with the worker's traceback
+            return index, error
         except UnreadableError as error:
             return index, str(error)
         with augment.global_stream(*self._key, index):
@@ -134,13 +148,15 @@ def _one_by_one(
     )
     for index, pixels, failed in loader:
         for number, reason in failed:
+            if isinstance(reason, DataError):
+                raise reason
             assert isinstance(images, Stored)
             images.skip(number, reason)
         yield index, pixels.to(device, non_blocking=True)
 
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+def _collate(items: list[Item]) -> tuple[Tensor, Tensor, list[tuple[int, str | DataError]]]:
     read = [(number, pixels) for number, pixels in items if isinstance(pixels, Tensor)]
-    failed = [(number, reason) for number, reason in items if isinstance(reason, str)]
+    failed = [(number, reason) for number, reason in items if not isinstance(reason, Tensor)]
     pixels = torch.stack([pixels for _, pixels in read]) if read else torch.empty(0, dtype=torch.uint8)
     return torch.tensor([number for number, _ in read], dtype=torch.int64), pixels, failed
