@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from ddnn.data import augment
@@ -103,6 +103,19 @@ Item = tuple[int, Tensor | str | DataError]
 """Number of an image, and its pixels or the reason why it cannot be read; an error where the training can't go on."""
 
 
+class _Steps(Sampler[list[int]]):
+    """The images of each step, made into Python numbers when their turn comes: of all at once they would be many."""
+
+    def __init__(self, chosen: list[Tensor]) -> None:
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (index.tolist() for index in self._chosen)
+
+
 class _Pictures(Dataset[Item]):
     """Number of an image to that number and its pixels, uint8 [3, S, S], or the reason why it cannot be read.
 
@@ -140,7 +153,7 @@ def _one_by_one(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
         _Pictures(images, transform, key),
-        batch_sampler=[index.tolist() for index in chosen],
+        batch_sampler=_Steps(chosen),
         num_workers=min(workers, len(chosen)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",

@@ -8,9 +8,9 @@ from ddnn.data.sources import places, shards
 from ddnn.data.sources.arrays import cifar, digits
 from ddnn.data.sources.folders import class_folders, has_images
 from ddnn.data.sources.found import Labelled, Source
-from ddnn.data.sources.hub import hub
-from ddnn.data.sources.parquet import parquet
-from ddnn.data.sources.tar import tar
+from ddnn.data.sources.hub import from_hub
+from ddnn.data.sources.parquet import from_parquet
+from ddnn.data.sources.tar import from_tar
 from ddnn.errors import DataError
 from ddnn.recipe import Data
 
@@ -57,7 +57,7 @@ def _find(data: Data) -> Source:
         return cifar(name)
     mistyped = any(place.is_dir() for place in _local_places(name.partition("/")[0]))  # a path, not somebody on the hub
     if re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", name) and not mistyped:
-        return hub(name, data, ALLOWED)
+        return from_hub(name, data, ALLOWED)
     looked = f" in the working folder or in $DDNN_DATA ({os.environ.get('DDNN_DATA') or 'not set'})"
     absent = f"there is no such folder{'' if Path(name).is_absolute() else looked}"
     raise DataError(f"data.source={name!r}: {absent}; allowed are {ALLOWED}")
@@ -83,7 +83,7 @@ def _remote(url: str, data: Data) -> Source:
     files = shards.named(url)
     if files:
         return _shards(url, "", files, data)
-    listed = [file.removeprefix(url).lstrip("/") for file in places.files_under(url)]
+    listed = places.files_under(url)
     if not listed:
         raise DataError(
             f"data {url}: there are no files, or they can't be listed; name the shards themselves, such as "
@@ -100,7 +100,7 @@ def _shards(place: str, root: str, files: list[str], data: Data) -> Source:
     tables = [file for file in files if file.endswith(".parquet")]
     if tables and len(tables) < len(files):
         raise DataError(f"data {place}: parquet files and tar shards together; name one kind")
-    return (parquet if tables else tar)(place, shards.by_split(root, files), data)
+    return (from_parquet if tables else from_tar)(place, shards.by_split(root, files), data)
 
 
 def check_for_training(data: Data, found: Source) -> None:

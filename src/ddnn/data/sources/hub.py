@@ -36,7 +36,7 @@ class _Rows(Reader):
         return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"], formats=FORMATS)
 
 
-def hub(name: str, data: Data, allowed: str) -> Source:
+def from_hub(name: str, data: Data, allowed: str) -> Source:
     """The data set `owner/name`. Raises `DataError` where there is none."""
     import datasets
 

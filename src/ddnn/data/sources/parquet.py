@@ -102,7 +102,7 @@ class _Groups(Reader):
         return column if plain else column.flatten()[0]
 
 
-def parquet(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
+def from_parquet(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
     """The data set in those files. Raises `DataError` where they can't be read, or hold no images with labels."""
     import datasets
 

@@ -44,10 +44,12 @@ def expanded(place: str) -> list[str]:
 
 
 def files_under(place: str) -> list[str]:
-    """All files below a folder on another machine, as URLs, sorted. Raises `DataError` where it can't be listed."""
+    """Paths of all files below a folder on another machine, sorted. Raises `DataError` where it can't be listed."""
     filesystem, path = _reached(place)
     found = tried(place, "listed", lambda: filesystem.find(path))
-    return sorted(filesystem.unstrip_protocol(each) for each in found)
+    if not found and place.startswith("http"):  # what it says of a host that can't be reached as well
+        read(place)
+    return sorted(each.removeprefix(path).lstrip("/") for each in found)
 
 
 def signature(place: str) -> tuple[int, str]:

@@ -83,7 +83,7 @@ class _Members(Reader):
         return AtHand(self, dict(zip(indices, got, strict=True)))
 
 
-def tar(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
+def from_tar(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
     """The data set in those shards. Raises `DataError` where one of them isn't sound."""
     with ThreadPoolExecutor(16) as pool:  # reading waits for the disk, or for another machine
         files = [file for each in splits.values() for file in each]

@@ -112,7 +112,13 @@ def _members(file: _Bytes) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and bytes of every file in a tar. Raises `DataError` where it isn't whole."""
     position, name, size = 0, None, None  # the last two where an extended header gave them
     while True:
-        head = file.get(position, BLOCK) if position + BLOCK <= file.size else b""
+        head = file.get(position, BLOCK) if position < file.size else b""
+        packed = next((how for begin, how in PACKED.items() if position == 0 and head.startswith(begin)), None)
+        if packed is not None:
+            raise DataError(
+                f"data {file.place}: it is compressed by {packed}, so that no image can be read without all before it; "
+                "uncompress it"
+            )
         if len(head) < BLOCK:
             raise DataError(
                 f"data {file.place}: the shard is cut short: it ends at byte {file.size} without an end mark"
@@ -122,7 +128,7 @@ def _members(file: _Bytes) -> Iterator[tuple[str, int, int]]:
                 return
             raise DataError(f"data {file.place}: no tar header where one should be, at byte {position}")
         if head[257:262] != b"ustar" and not _sums_up(head):
-            raise DataError(f"data {file.place}: no tar header where one should be, at byte {position}{_packed(head)}")
+            raise DataError(f"data {file.place}: no tar header where one should be, at byte {position}")
         kind = head[156:157]
         length = _number(head[124:136]) if size is None or kind in b"xgLK" else size
         content = position + BLOCK
@@ -159,13 +165,6 @@ def _sums_up(head: bytes) -> bool:
         return _number(head[148:156]) == sum(head[:148]) + 8 * 32 + sum(head[156:])
     except ValueError:
         return False
-
-
-def _packed(head: bytes) -> str:
-    kind = next((name for begin, name in PACKED.items() if head.startswith(begin)), None)
-    if kind is None:
-        return ""
-    return f": it is compressed by {kind}, so that no image can be read without all before it; uncompress it"
 
 
 def _records(content: bytes) -> Iterator[tuple[str, str]]:
