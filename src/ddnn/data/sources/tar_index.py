@@ -63,7 +63,7 @@ def _cache() -> Path:
 
 def _load(path: Path) -> Index | None:
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with io.BytesIO(path.read_bytes()) as file, np.load(file, allow_pickle=False) as held:
             names = Texts(held["block"], held["name_starts"])
             distinct = json.loads(held["distinct"].tobytes())
             return Index(held["starts"], held["sizes"], names, Values(held["codes"], distinct))
