@@ -979,7 +979,7 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
     (
         Path.mkdir,
         {},
-        r"no images \(\.jpg .*\) in class folders, no parquet files and no tar shards; allowed are <class>/\*\.jpg, or train",
+        r"no images \(\.jpg .*\) in class folders, no parquet files and no tar shards; allowed are <class>/\*\.jpg",
     ),
     (make_one_class, {}, "are of 1 class, at least 2 are needed"),
     (make_empty_class, {}, "class folders without images: c; fill or remove them"),

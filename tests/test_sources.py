@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import pickle
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -175,6 +176,19 @@ def test_workers_and_a_stop_change_nothing(form: str, shuffle: str, remote: bool
     assert same(seen[0], seen[1])
     assert same(seen[0], seen[2])
     assert not same(epoch(given, number=1), seen[0])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_can_be_sent_to_a_process_that_starts_from_nothing(form: str, remote: bool, tmp_path: Path) -> None:
+    """As where workers are not forked; what the main process has read is not sent along."""
+    root = make(form, tmp_path / "set")
+    dataset = data.load(section(to_memory(root) if remote else root), 0)
+    expected = [dataset.train.picture(i).tobytes() for i in range(10)]
+    sent = pickle.dumps(dataset.train)
+    assert [pickle.loads(sent).picture(i).tobytes() for i in range(10)] == expected
+    if form != "parquet":  # whose statistics are the least and the greatest image
+        assert pictures()[0][0][:100] not in sent
 
 
 # ---- the order with chunks

@@ -273,7 +273,7 @@ def _spread(data: Data, images: Labelled, count: int) -> Labelled:
     if count >= len(images):
         return images
     if data.shuffle == "global":
-        return images.take(torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long())
+        return images.take(torch.linspace(0, len(images) - 1, count).long())
     runs = min(RUNS, count)
     starts = torch.linspace(0, len(images) - count // runs, runs, dtype=torch.float64).long()
     return images.take((starts[:, None] + torch.arange(count // runs)).flatten().unique())
