@@ -71,9 +71,10 @@ def main() -> None:
     parser.add_argument("--only-make", action="store_true", help="make the files, measure nothing")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.shuffle, arguments.seconds)))
+        print(json.dumps(measure(arguments.one, arguments.shuffle, arguments.seconds, arguments.first)))
         return
     made = {
         (form, int(count)): make(form, int(count), arguments.source, arguments.out)
@@ -190,15 +191,15 @@ def in_process(place: Path, arguments: argparse.Namespace) -> dict[str, float]:
     for kept in (arguments.out / "cache").rglob("*.npz"):
         kept.unlink()
     first, again = (
-        json.loads(subprocess.run([*command, str(place)], capture_output=True, text=True, check=True).stdout)
-        for _ in range(2)
+        json.loads(subprocess.run([*command, str(place), *more], capture_output=True, text=True, check=True).stdout)
+        for more in (["--first"], [])
     )
     # What is read twice is in memory the second time, as in every epoch but the first where there is room.
     return {**again, "startup": first["startup"], "find": first["find"], "startup_again": again["startup"]}
 
 
-def measure(place: str, shuffle: str, seconds: float) -> dict[str, float]:
-    """All figures of one data set, in this process."""
+def measure(place: str, shuffle: str, seconds: float, first: bool) -> dict[str, float]:
+    """All figures of one data set, in this process; with `first` those of starting up."""
     import datasets  # noqa: F401  # its import is no part of the start-up
 
     given = Data(
@@ -218,6 +219,8 @@ def measure(place: str, shuffle: str, seconds: float) -> dict[str, float]:
     dataset = data.load(given, 0)
     result = {"startup": time.perf_counter() - begin, **spent}
 
+    if first:
+        return result
     begin = time.perf_counter()
     batches = data.train_batches(dataset, recipe, epoch=0, device=torch.device("cpu"))
     next(batches)
