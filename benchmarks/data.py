@@ -18,7 +18,9 @@ index               what the main process holds for the images, MiB: arrays of t
 images              images per second through `train_batches` with two workers, random crop and flip
 disk                images per second that are only read, in the same order, by two processes
 decoder             images per second that are only decoded, from memory, by two processes
-share               `images` over what disk and decoder one after the other give: 1 is nothing lost
+augmented           the same, and cropped and flipped as in training
+of_decoder          `images` over what disk and decoder one after the other give
+of_all              `images` over what disk and `augmented` one after the other give: 1 is nothing lost
 """
 
 import argparse
@@ -43,9 +45,11 @@ from rich.table import Table
 
 from ddnn import data
 from ddnn.data import decode, sources
+from ddnn.data.augment import for_training, global_stream
 from ddnn.data.order import epoch_order
 from ddnn.data.sets import DataSet, Stored
 from ddnn.files import write_atomic
+from ddnn.picture import rgb
 from ddnn.recipe import Data, Recipe, parse
 
 FORMATS = ("folders", "parquet", "tar")
@@ -56,7 +60,7 @@ ROW_GROUP = 100
 DISTINCT = 50_000
 WORKERS = 2
 COLUMNS = ("startup", "startup_again", "find", "statistics", "first_batch", "main", "worker", "index", "images", "disk")
-COLUMNS = (*COLUMNS, "decoder", "share")
+COLUMNS = (*COLUMNS, "decoder", "augmented", "of_decoder", "of_all")
 
 
 def main() -> None:
@@ -287,7 +291,20 @@ def ceilings(dataset: DataSet, recipe: Recipe, seconds: float, images: float) ->
     jpegs = [content_of(reader, number) for number in order[:2000]]
     disk = by_two(lambda part: content_of(reader, part), order[2000:], seconds)
     decoder = by_two(lambda jpeg: Image.open(io.BytesIO(jpeg)).convert("RGB"), jpegs * 1000, seconds)
-    return {"disk": disk, "decoder": decoder, "share": images / (1 / (1 / disk + 1 / decoder))}
+    change = for_training(recipe.augment, dataset.image_size)
+
+    def changed(jpeg: bytes) -> None:
+        with global_stream("benchmark", len(jpeg)):
+            change(rgb(lambda: Image.open(io.BytesIO(jpeg))))
+
+    augmented = by_two(changed, jpegs * 1000, seconds)
+    return {
+        "disk": disk,
+        "decoder": decoder,
+        "augmented": augmented,
+        "of_decoder": images * (1 / disk + 1 / decoder),
+        "of_all": images * (1 / disk + 1 / augmented),
+    }
 
 
 def content_of(reader: Any, number: int) -> bytes:
