@@ -501,17 +501,17 @@ def test_an_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ---- parquet
 
 
-def test_large_row_groups_are_copied_once_unless_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make("parquet", tmp_path / "set", rows=25)
+def test_parquet_is_copied_for_any_order_unless_it_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make("parquet", tmp_path / "set")
     asked: list[str] = []
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (asked.append(a[0]), load(*a, **k))[1])
-    small = epoch(section(root))
-    monkeypatch.setattr("ddnn.data.sources.parquet.SMALL", 1000)
-    assert asked == []
     epoch(section(root, shuffle="chunks"))
     assert asked == []
-    assert same(epoch(section(root)), small)
+    copied = epoch(section(root))
+    assert asked == ["parquet"]
+    monkeypatch.setattr("ddnn.data.sources.parquet.COPIED", 1000)
+    assert same(epoch(section(root)), copied)
     assert asked == ["parquet"]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ddnn.data.decode import Reader
@@ -58,7 +59,7 @@ def tables(place: str, splits: Mapping[str, Any], data: Data) -> Source:
     image, label = columns(place, features, data)
 
     def values(split: str) -> Values:
-        return Values.of(splits[split].select_columns([label])[:][label])
+        return coded(splits[split].select_columns([label]).with_format("arrow")[:][label])
 
     def reader(split: str) -> Reader:
         try:
@@ -78,6 +79,18 @@ def columns(place: str, features: Mapping[str, Any], data: Data) -> tuple[str, s
         if column not in features:
             raise DataError(f"data {place}: data.{key}={column!r} is not one of its columns: {', '.join(features)}")
     return image, label
+
+
+def coded(column: Any) -> Values:
+    """The labels in a column of pyarrow."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    distinct = pc.unique(column.drop_null())
+    codes = pc.fill_null(pc.index_in(column, value_set=distinct), -1)
+    return Values(codes.to_numpy().astype(np.int64), distinct.to_pylist())
 
 
 def class_names(features: Mapping[str, Any], label: str) -> Sequence[str] | None:

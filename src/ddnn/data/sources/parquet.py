@@ -1,8 +1,8 @@
-"""Parquet files, read where they lie: a row group at a time, nothing is copied or converted.
+"""Parquet files, read where they lie, a row group at a time, or copied once by the Hugging Face library.
 
-A row can't be read without its row group, which is decompressed as a whole. Where row groups are small this costs
-little; where they are large, `data.shuffle='chunks'` reads each of them once, and otherwise the Hugging Face library
-copies the files on this disk into a form that any row can be read from.
+A row can't be read without its row group, which is decompressed as a whole. `data.shuffle='chunks'` reads each of them
+once. In any other order a copy in which each row can be read by itself is several times as fast, and is made of what is
+not too large; the rest is read in place.
 """
 
 import io
@@ -21,12 +21,14 @@ from torch import Tensor
 from ddnn.data.decode import Reader
 from ddnn.data.sources import places
 from ddnn.data.sources.found import Source, Values, by_splits, train_split
-from ddnn.data.sources.hub import class_names, columns, first_line, tables
+from ddnn.data.sources.hub import class_names, coded, columns, first_line, tables
 from ddnn.data.sources.recent import Recent
 from ddnn.errors import DataError
 from ddnn.picture import FORMATS
 from ddnn.recipe import Data
 
+COPIED = 2**34
+"""Bytes of images up to which files on this machine are copied for `data.shuffle='global'`."""
 SMALL = 2**20
 """Bytes of a row group that may well be read for the sake of one image."""
 
@@ -111,15 +113,17 @@ def from_parquet(place: str, splits: Mapping[str, list[str]], data: Data) -> Sou
     features = datasets.Features.from_arrow_schema(schema)
     image, label = columns(place, features, data)
     _check_column(place, schema, image)
-    size = _mean_bytes(files, image)
-    if size > SMALL and data.shuffle == "global":
-        if not any(places.is_remote(file.place) for each in files.values() for file in each):
+    sizes = _bytes(files, image)
+    if data.shuffle == "global":
+        remote = any(places.is_remote(file.place) for each in files.values() for file in each)
+        if not remote and sizes.sum() <= COPIED:
             return _copied(place, splits, data)
-        _log.warning(
-            "data %s: %.0f MB are read for each image, as large as its row groups are; set data.shuffle='chunks'",
-            place,
-            size / 1e6,
-        )
+        if sizes.mean() > SMALL:
+            _log.warning(
+                "data %s: %.0f MB are read for each image, as large as its row groups are; set data.shuffle='chunks'",
+                place,
+                sizes.mean() / 1e6,
+            )
 
     def values(split: str) -> Values:
         return _values(place, split, files[split], label)
@@ -174,23 +178,22 @@ def _check_column(place: str, schema: Any, image: str) -> None:
         raise DataError(f"data {place}: column {image!r} holds no images: it is of type {kind}")
 
 
-def _mean_bytes(files: Mapping[str, list[_File]], image: str) -> float:
-    """Bytes of the image column of a row group, decompressed, on average over some."""
+def _bytes(files: Mapping[str, list[_File]], image: str) -> NDArray[np.int64]:
+    """Bytes of the image column of each row group, decompressed."""
     sizes = []
-    for file in [file for each in files.values() for file in each][:16]:
-        group = file.metadata.row_group(0)
-        columns = (group.column(i) for i in range(group.num_columns))
-        sizes.append(sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == image))
-    return sum(sizes) / max(1, len(sizes))
+    for file in (file for each in files.values() for file in each):
+        first = file.metadata.row_group(0)
+        which = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == image]
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            sizes.append(sum(group.column(i).total_uncompressed_size for i in which))
+    return np.array(sizes, dtype=np.int64)
 
 
 def _copied(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
-    """By way of the Hugging Face library, which copies them once, into its cache."""
+    """By way of the Hugging Face library, which copies them once, into its cache, and shows how it goes on."""
     import datasets
 
-    _log.info(
-        "data %s: copied once into %s; data.shuffle='chunks' reads in place", place, datasets.config.HF_CACHE_HOME
-    )
     try:
         loaded = datasets.load_dataset("parquet", data_files=dict(splits))
     except Exception as error:  # it has no base class for its errors
@@ -200,7 +203,6 @@ def _copied(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
 
 def _values(place: str, split: str, files: Sequence[_File], label: str) -> Values:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     def of(file: _File) -> Any:
         def read() -> Any:
@@ -218,8 +220,4 @@ def _values(place: str, split: str, files: Sequence[_File], label: str) -> Value
         raise DataError(
             f"data {place}: column {label!r} of split {split} cannot be read: {first_line(error)}"
         ) from error
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    distinct = pc.unique(column.drop_null())
-    codes = pc.fill_null(pc.index_in(column, value_set=distinct), -1)
-    return Values(codes.to_numpy().astype(np.int64), distinct.to_pylist())
+    return coded(column)
