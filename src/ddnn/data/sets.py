@@ -332,8 +332,10 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped, chunk
 
 def _measured(data: Data, part: Labelled, images: Images, size: int, skipped: decode.Skipped) -> Tensor:
     """Pixels of the training images, or of a sample where they are many: the same ones in memory or not."""
-    count = max(1024, 2**28 // (3 * size * size))  # all of CIFAR
-    if not isinstance(images, Held) or len(part) > count:
+    most = 2**28 // (3 * size * size)  # all of CIFAR
+    few = len(part) > max(1024, most)  # an eighth of that is exact to a thousandth of the range already
+    if not isinstance(images, Held) or few:
+        count = max(1024, most // 8) if few else len(part)
         images = _held(_spread(data, part, count), size, size, skipped)
     if not len(images):
         raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
