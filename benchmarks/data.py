@@ -50,6 +50,7 @@ from ddnn.data import decode, sources
 from ddnn.data.augment import for_training, global_stream
 from ddnn.data.order import epoch_order
 from ddnn.data.sets import DataSet, Stored
+from ddnn.device import keep_freed_memory
 from ddnn.files import write_atomic
 from ddnn.picture import rgb
 from ddnn.recipe import Data, Recipe, parse
@@ -227,20 +228,20 @@ def measure(place: str, shuffle: str, seconds: float, first: bool) -> dict[str, 
 
     if first:
         return result
+    keep_freed_memory()  # as a training does
     begin = time.perf_counter()
     batches = data.train_batches(dataset, recipe, epoch=0, device=torch.device("cpu"))
     next(batches)
     result["first_batch"] = time.perf_counter() - begin
-    for _ in range(2 * WORKERS):  # what was made in advance while nobody asked
+    for _ in range(20):  # some were made in advance while nobody asked
         next(batches)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    result["main"] = resident("self")
+    result["worker"] = sum(resident(str(each)) for each in workers) / len(workers)
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds and (batch := next(batches, None)) is not None:
         count += len(batch[1])
     result["images"] = count / (time.perf_counter() - begin)
-    workers = [process.pid for process in multiprocessing.active_children()]
-    result["main"] = resident("self")
-    if workers:  # none once the epoch is over
-        result["worker"] = sum(resident(str(each)) for each in workers) / len(workers)
     result["index"] = held(dataset, recipe) / 2**20
     batches.close()
     return {**result, **ceilings(dataset, recipe, seconds / 2, result["images"])}
