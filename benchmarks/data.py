@@ -12,8 +12,8 @@ startup             seconds of `data.load`: index, splits, mean and standard dev
 startup_again       the same in the next process, which finds the index of tar shards kept
 find, statistics    the parts of that: to find the images and their labels; mean and standard deviation
 first_batch         seconds to the first batch of an epoch: its order, and the start of the workers
-main, worker        memory of the main process and of one worker after some batches, MiB: proportional set size, shared
-                    pages counted in shares
+main, worker        memory of the main process and of one worker after some batches, MiB: shared pages counted in shares,
+                    those of files, such as libraries, not at all
 index               what the main process holds for the images, MiB: arrays of the reader, labels, order
 images              images per second through `train_batches` with two workers, random crop and flip
 disk                images per second that are only read, in the same order, by two processes
@@ -261,9 +261,9 @@ def clocked(module: Any, name: str, spent: dict[str, float], what: str) -> None:
 
 
 def resident(process: str) -> float:
-    """Proportional set size, MiB."""
+    """Memory of its own and its share of that shared with workers, MiB, without files such as libraries."""
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) / 1024
     raise AssertionError
 
