@@ -12,8 +12,8 @@ startup             seconds of `data.load`: index, splits, mean and standard dev
 startup_again       the same in the next process, which finds the index of tar shards kept
 find, statistics    the parts of that: to find the images and their labels; mean and standard deviation
 first_batch         seconds to the first batch of an epoch: its order, and the start of the workers
-main, worker        memory of the main process and of one worker after some batches, MiB: a share of what they share, and
-                    no pages of files, such as libraries
+main, worker        memory of the main process and of one worker after some batches, MiB: a share of what they share,
+                    and no pages of files, such as libraries
 index               what the main process holds for the images, MiB: arrays of the reader, labels, order
 images              images per second through `train_batches` with two workers, random crop and flip
 disk                images per second that are only read, in the same order, by two processes
