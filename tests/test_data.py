@@ -198,6 +198,7 @@ def test_every_image_is_a_window_of_its_own(extra: dict[str, Any], stored: bool)
     if stored:  # the same law where the images go one by one; no policy keeps the pixels as they are
         held = dataset.train
         reader = types.SimpleNamespace(open=held.picture, name=str)
+        reader.fetched = lambda indices: reader
         files = data.sources.Labelled(reader, torch.arange(64), held.labels)
         changed = Stored(held.labels, files, data.decode.Skipped("noise", 0), 0, 12)
         dataset = data.DataSet(**{**vars(dataset), "train": changed})
@@ -978,7 +979,7 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
     (
         Path.mkdir,
         {},
-        r"no images \(\.jpg .*\) in class folders and no parquet files; allowed are <class>/\*\.jpg, or train",
+        r"no images \(\.jpg .*\) in class folders, no parquet files and no tar shards; allowed are <class>/\*\.jpg",
     ),
     (make_one_class, {}, "are of 1 class, at least 2 are needed"),
     (make_empty_class, {}, "class folders without images: c; fill or remove them"),
@@ -1012,7 +1013,7 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
         {},
         "no label column among p, kind; name one by data.label_column, or",
     ),
-    (make_table([0, None, 1, 0]), {}, "1 of 4 images of split train have no label in 'label'"),
+    (make_table([0, None, 1, 0]), {}, "1 of 4 images of split train have no label in column 'label'"),
     (make_table([None, None]), {}, "no training image has a label in column 'label'"),
     (
         make_table([0.5, 1.5], datasets.Value("float32")),

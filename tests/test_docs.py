@@ -16,7 +16,7 @@ from ddnn.trainer import train
 from test_examples import commands as commands_of_examples
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["loops.md", "hub.md", "backbones.md", "families.md", "many.md"]
+PAGES = ["data.md", "loops.md", "hub.md", "backbones.md", "families.md", "many.md"]
 
 
 def text(page: str) -> str:

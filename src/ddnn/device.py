@@ -50,14 +50,16 @@ def keep_freed_memory() -> None:
     """Let the allocator keep what tensors give back, instead of returning it to the system; process-wide.
 
     A training step frees and asks for the same blocks again and again. glibc by default maps each large one anew, so
-    that the system has to clear its pages every time: a quarter of the time of a small network's step on a CPU. Does
-    nothing where the C library is another one.
+    that the system has to clear its pages every time: a quarter of the time of a small network's step on a CPU. What is
+    free already goes back first: the index of a million images leaves a hundred MB. Does nothing where the C library is
+    another one.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
         if os.confstr("CS_GNU_LIBC_VERSION"):
-            mallopt = ctypes.CDLL(None).mallopt
+            library = ctypes.CDLL(None)
+            library.malloc_trim(0)
             for option, value in _MALLOC_OPTIONS.items():
-                mallopt(option, value)
+                library.mallopt(option, value)
 
 
 _MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD

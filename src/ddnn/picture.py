@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddnn.errors import DataError
+
 # Formats that PIL decodes by itself. Its others include some that start programs (EPS) or serve no photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
@@ -18,6 +20,8 @@ def size(open_image: Callable[[], Image.Image]) -> tuple[int, int]:
     try:
         with open_image() as image:
             return image.size
+    except DataError:
+        raise
     except Exception as error:  # see `rgb`
         raise UnreadableError(_reason(error)) from None
 
@@ -34,7 +38,7 @@ def rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
                 raise UnreadableError(f"{image.width} x {image.height} pixels are more than PIL's limit of {limit}")
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
-    except UnreadableError:
+    except (UnreadableError, DataError):  # the latter is not about the image: its host can't be reached
         raise
     except Exception as error:  # PIL raises nearly anything on a broken file: SyntaxError, struct.error, IndexError
         raise UnreadableError(_reason(error)) from None

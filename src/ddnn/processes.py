@@ -157,7 +157,7 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+        store, rank, count = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
         store = dist.PrefixStore(meet(store, rank, count, patience), store)  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)

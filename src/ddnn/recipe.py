@@ -35,12 +35,18 @@ class Data(Section):
     """Where the images come from and how they are split."""
 
     source: str = "digits"
-    """`digits` (embedded), `cifar10`, `cifar100`, a folder (class folders, or parquet files), or a Hugging Face hub
-    id. A name found as a folder in `$DDNN_DATA` is taken from there."""
+    """`digits` (embedded), `cifar10`, `cifar100`, a folder (class folders, parquet files or tar shards), here or at a
+    URL such as `s3://bucket/folder`, shards such as `train-{000..146}.tar`, or a Hugging Face hub id. A name found as a
+    folder in `$DDNN_DATA` is taken from there."""
     image_column: str | None = None
     """Column with the images of a parquet or hub data set; found by type if not named."""
     label_column: str | None = None
-    """Column with the class labels; found by type if not named."""
+    """Column with the class labels, or their key in the `.json` of tar shards; found by type or name if not named."""
+    shuffle: Literal["global", "chunks"] = "global"
+    """Order of an epoch: of all images; or `chunks`, for parquet files and tar shards whose images are slow to reach
+    one by one: those that lie beside each other are read at once, and mixed with `shuffle_window` others."""
+    shuffle_window: Annotated[int, Field(ge=32)] = 8192
+    """Images that are mixed at a time with `chunks`. Every worker holds up to twice as many in memory, encoded."""
     image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
     """Side in pixels of the square images given to the network; if not given, it follows from the data."""
     zoom: Annotated[float, Field(ge=1, le=2)] = 1.0
@@ -313,7 +319,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """
     changes: dict[str, dict[str, Any]] = {}
     source = Path(recipe.data.source).expanduser()
-    if recipe.data.source not in ("", "digits") and source.is_dir():
+    shards = source.suffix in (".tar", ".parquet") and source.parent.is_dir()  # perhaps with braces: {000..146}
+    if recipe.data.source not in ("", "digits") and (shards or source.is_dir()):
         changes["data"] = {"source": str(source.resolve())}
     if recipe.network.weights is not None:
         changes["network"] = {"weights": recipe.network.weights.expanduser().resolve()}

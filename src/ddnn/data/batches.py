@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from ddnn.data import augment
+from ddnn.data.order import epoch_order
 from ddnn.data.sets import DataSet, Held, Images, Stored
 from ddnn.errors import DataError
 from ddnn.picture import UnreadableError
@@ -41,7 +42,7 @@ def train_batches(
     images, changes, size = dataset.train, recipe.augment, dataset.image_size
     key = (recipe.train.seed, "augment", epoch)
     steps = steps_per_epoch(images, recipe.train.batch_size)
-    order = torch.randperm(len(images), generator=augment.stream(recipe.train.seed, "order", epoch))
+    order = epoch_order(images, recipe, epoch)
     rows = own_rows(recipe.train.batch_size, recipe.train.accumulate, part)
     chosen = [batch[rows] for batch in order.split(recipe.train.batch_size)[start:steps]]
     if isinstance(images, Held) and augment.goes_by_batch(changes):
@@ -127,7 +128,24 @@ def _cropped_at_once(
         yield index, augment.crop_and_flip(pixels, pad, flip, augment.stream(*key, step), rows, of)
 
 
-class _Pictures(Dataset[tuple[int, Tensor | str]]):
+Item = tuple[int, Tensor | str | DataError]
+"""Number of an image, and its pixels or the reason why it cannot be read; an error where the training can't go on."""
+
+
+class _Steps(Sampler[list[int]]):
+    """The images of each step, made into Python numbers when their turn comes: of all at once they would be many."""
+
+    def __init__(self, chosen: list[Tensor]) -> None:
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (index.tolist() for index in self._chosen)
+
+
+class _Pictures(Dataset[Item]):
     """Number of an image to that number and its pixels, uint8 [3, S, S], or the reason why it cannot be read.
 
     With a key, image i is changed by the stream (*key, i), whichever process reads it.
@@ -136,9 +154,18 @@ class _Pictures(Dataset[tuple[int, Tensor | str]]):
     def __init__(self, images: Images, transform: v2.Transform, key: tuple[int | str, ...]) -> None:
         self._images, self._transform, self._key = images, transform, key
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitems__(self, indices: list[int]) -> list[Item]:
         try:
-            picture = self._images.picture(index)
+            images = self._images.fetched(indices)
+        except DataError as error:
+            return [(indices[0], error)]
+        return [self._item(images, index) for index in indices]
+
+    def _item(self, images: Images, index: int) -> Item:
+        try:
+            picture = images.picture(index)
+        except DataError as error:  # raised by a worker it would come with the worker's traceback
+            return index, error
         except UnreadableError as error:
             return index, str(error)
         with augment.global_stream(*self._key, index):
@@ -155,7 +182,7 @@ def _one_by_one(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
         _Pictures(images, transform, key),
-        batch_sampler=[index.tolist() for index in chosen],
+        batch_sampler=_Steps(chosen),
         num_workers=min(workers, len(chosen)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -163,13 +190,15 @@ def _one_by_one(
     )
     for index, pixels, failed in loader:
         for number, reason in failed:
+            if isinstance(reason, DataError):
+                raise reason
             assert isinstance(images, Stored)
             images.skip(number, reason)
         yield index, pixels.to(device, non_blocking=True)
 
 
-def _collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+def _collate(items: list[Item]) -> tuple[Tensor, Tensor, list[tuple[int, str | DataError]]]:
     read = [(number, pixels) for number, pixels in items if isinstance(pixels, Tensor)]
-    failed = [(number, reason) for number, reason in items if isinstance(reason, str)]
+    failed = [(number, reason) for number, reason in items if not isinstance(reason, Tensor)]
     pixels = torch.stack([pixels for _, pixels in read]) if read else torch.empty(0, dtype=torch.uint8)
     return torch.tensor([number for number, _ in read], dtype=torch.int64), pixels, failed

@@ -1,10 +1,14 @@
 """Images by number as they are stored; what cannot be read is skipped, reported and counted."""
 
+import io
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from ddnn import picture
 from ddnn.errors import DataError
@@ -21,7 +25,38 @@ class Reader(Protocol):
         """What a report calls the image: its path, or its row."""
 
     def open(self, index: int) -> Image.Image:
-        """The image with its header read; may raise anything where the file is broken."""
+        """The image with its header read; may raise anything where the file is broken.
+
+        A `DataError` is not about the image but about the way to it, and ends the training.
+        """
+
+    @property
+    def chunks(self) -> Tensor | None:
+        """First image of each chunk, int64 [m], rising from 0: what is read at once. None where each is by itself."""
+        return None
+
+    def fetched(self, indices: Sequence[int]) -> "Reader":
+        """A reader of the same images that has these at hand, fetched all at once from another machine."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class AtHand(Reader):
+    """Images of another reader, some of them fetched already, encoded."""
+
+    reader: Reader
+    encoded: Mapping[int, bytes]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return self.reader.name(index)
+
+    def open(self, index: int) -> Image.Image:  # noqa: D102
+        if index not in self.encoded:
+            return self.reader.open(index)
+        return Image.open(io.BytesIO(self.encoded[index]), formats=picture.FORMATS)
 
 
 class Skipped:

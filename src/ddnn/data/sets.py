@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import median_low
 from typing import Self
@@ -22,13 +22,19 @@ from ddnn.picture import UnreadableError
 from ddnn.recipe import Data
 
 Colour = tuple[float, float, float]
+RUNS = 64
+"""Places at which a sample of images in chunks is taken."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of one split. `labels`: int64 [n], on the CPU."""
+    """The images of one split. `labels`: int64 [n], on the CPU.
+
+    `chunk`: int64 [n], rising, which images are read at once, with `data.shuffle='chunks'`; else None.
+    """
 
     labels: Tensor
+    chunk: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,9 +43,13 @@ class Images:
         """One image in RGB. Raises `UnreadableError`."""
         raise NotImplementedError
 
+    def fetched(self, indices: Sequence[int]) -> "Images":
+        """The same images, these of them at hand if they are on another machine."""
+        return self
+
     def take(self, which: Tensor) -> Self:
         """The images at the places `which` (int64)."""
-        raise NotImplementedError
+        return replace(self, labels=self.labels[which], chunk=None if self.chunk is None else self.chunk[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +64,7 @@ class Held(Images):
 
     def take(self, which: Tensor) -> Self:
         """The images at the places `which` (int64)."""
-        return replace(self, labels=self.labels[which], pixels=self.pixels[which])
+        return replace(super().take(which), pixels=self.pixels[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +83,14 @@ class Stored(Images):
         """One image in RGB, as large as it is stored. Raises `UnreadableError`."""
         return decode.rgb(self.files.reader, int(self.files.index[index]))
 
+    def fetched(self, indices: Sequence[int]) -> "Images":
+        """The same images, these of them at hand if they are on another machine."""
+        reader = self.files.reader.fetched(self.files.index[list(indices)].tolist())
+        return self if reader is self.files.reader else replace(self, files=replace(self.files, reader=reader))
+
     def take(self, which: Tensor) -> Self:
         """The images at the places `which` (int64)."""
-        return replace(self, labels=self.labels[which], files=self.files.take(which))
+        return replace(super().take(which), files=self.files.take(which))
 
     def skip(self, index: int, reason: str) -> None:
         """Report an image that could not be read. Raises `DataError` once there are too many."""
@@ -188,10 +203,11 @@ def _images(
     images: dict[str, Images] = {}
     for name, part in parts.items():
         side = size if name == "training" else data.shorter_side(size)
+        chunk = _chunk(part) if data.shuffle == "chunks" else None
         if name in held:
-            images[name] = _held(part, size, side, skipped)
+            images[name] = _held(part, size, side, skipped, chunk)
         else:
-            images[name] = Stored(part.labels, part, skipped, data.workers, side)
+            images[name] = Stored(part.labels, part, skipped, data.workers, side, chunk=chunk)
         if not len(images[name]):
             raise DataError(f"data {data.source}: not one of its {len(part)} {name} images can be read")
     return images
@@ -245,15 +261,28 @@ def _limited(images: Labelled, limit: int | None, seed: int, name: str) -> Label
     return images.take(chosen.sort().values)
 
 
-def _spread(images: Labelled, count: int) -> Labelled:
-    """`count` of the images, at even distances."""
-    return images.take(torch.linspace(0, len(images) - 1, min(count, len(images))).long())
+def _chunk(images: Labelled) -> Tensor:
+    """Number of the chunk that each image is in."""
+    starts = images.reader.chunks
+    assert starts is not None, "sources.find checks this"
+    return torch.searchsorted(starts, images.index, right=True) - 1
+
+
+def _spread(data: Data, images: Labelled, count: int) -> Labelled:
+    """`count` of the images, at even distances; of images in chunks, those at the beginning of a few of them."""
+    if count >= len(images):
+        return images
+    if data.shuffle == "global":
+        return images.take(torch.linspace(0, len(images) - 1, count).long())
+    runs = min(RUNS, count)
+    starts = torch.linspace(0, len(images) - count // runs, runs, dtype=torch.float64).long()
+    return images.take((starts[:, None] + torch.arange(count // runs)).flatten().unique())
 
 
 def _sizes(data: Data, images: Labelled, skipped: decode.Skipped) -> list[tuple[int, int]]:
     """Width and height of a sample."""
     sizes = []
-    for index in _spread(images, 256).index.tolist():
+    for index in _spread(data, images, 256).index.tolist():
         try:
             sizes.append(decode.size(images.reader, index))
         except UnreadableError as error:
@@ -268,7 +297,7 @@ def _usual_size(sizes: list[tuple[int, int]]) -> int:
     return min(median_low(map(min, sizes)), 224)
 
 
-def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> Held:
+def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped, chunk: Tensor | None = None) -> Held:
     """Decode into memory: shorter side to `side`, centre crop to `size`. Unreadable images are left out."""
     fit = for_evaluation(size, side)
     numbers = images.index.tolist()
@@ -277,9 +306,10 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> He
 
     def put(places: range) -> list[tuple[int, str]]:
         failed = []
+        reader = images.reader.fetched([numbers[place] for place in places])
         for place in places:
             try:
-                picture = decode.rgb(images.reader, numbers[place])
+                picture = decode.rgb(reader, numbers[place])
                 fits = picture.size == (size, size) == (side, side)
                 pixels[place] = np.asarray(picture).transpose(2, 0, 1) if fits else fit(picture).numpy()
             except UnreadableError as error:
@@ -296,15 +326,17 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped) -> He
         except DataError:
             pool.shutdown(cancel_futures=True)  # too many failures: the rest need not be tried
             raise
-    kept = torch.from_numpy(pixels)
-    return Held(images.labels[readable], kept if readable.all() else kept[readable])
+    kept = Held(images.labels, torch.from_numpy(pixels), chunk=chunk)
+    return kept if readable.all() else kept.take(readable)
 
 
 def _measured(data: Data, part: Labelled, images: Images, size: int, skipped: decode.Skipped) -> Tensor:
     """Pixels of the training images, or of a sample where they are many: the same ones in memory or not."""
-    count = max(1024, 2**28 // (3 * size * size))  # all of CIFAR
-    if not isinstance(images, Held) or len(part) > count:
-        images = _held(_spread(part, count), size, size, skipped)
+    most = 2**28 // (3 * size * size)  # all of CIFAR
+    few = len(part) > max(1024, most)  # an eighth of that is exact to a thousandth of the range already
+    if not isinstance(images, Held) or few:
+        count = max(1024, most // 8) if few else len(part)
+        images = _held(_spread(data, part, count), size, size, skipped)
     if not len(images):
         raise DataError(f"data {data.source}: none of the training images looked at can be read; repair them")
     return images.pixels

@@ -1,0 +1,167 @@
+"""Class folders: ``<class>/*.jpg``, or ``train/<class>/*.jpg`` beside ``test/`` and ``val/``."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ddnn.data.decode import AtHand, Reader
+from ddnn.data.sources import places
+from ddnn.data.sources.found import EXTENSIONS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
+from ddnn.data.sources.texts import Texts
+from ddnn.errors import DataError
+from ddnn.picture import FORMATS
+from ddnn.recipe import Data
+
+
+@dataclass(frozen=True, eq=False)
+class _Files(Reader):
+    """One file an image. `paths`: below `root`."""
+
+    root: str
+    paths: Texts
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return f"{self.root}/{self.paths[index]}"
+
+    def open(self, index: int) -> Image.Image:
+        if places.is_remote(self.root):
+            return Image.open(io.BytesIO(places.read(self.name(index))), formats=FORMATS)
+        return Image.open(self.name(index), formats=FORMATS)
+
+    def fetched(self, indices: Sequence[int]) -> Reader:
+        if not places.is_remote(self.root):
+            return self
+        got = places.read_whole([self.name(index) for index in indices])
+        return AtHand(self, dict(zip(indices, got, strict=True)))
+
+
+class _Tree(Protocol):
+    """Folders below a root, by their paths within it; the root itself is ''."""
+
+    def subfolders(self, folder: str) -> list[str]: ...
+
+    def images(self, folder: str) -> list[str]:
+        """Paths within `folder`, at any depth and in any order."""
+
+
+@dataclass(frozen=True)
+class _Local(_Tree):
+    root: str
+
+    def subfolders(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def images(self, folder: str) -> list[str]:
+        found: list[str] = []
+        _images_under(os.path.join(self.root, folder), "", found)
+        return found
+
+
+def _images_under(folder: str, within: str, found: list[str]) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                _images_under(entry.path, f"{within}{entry.name}/", found)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(within + entry.name)
+
+
+class _Listed(_Tree):
+    """Of paths that are all known."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._below: dict[str, dict[str, list[str]]] = {"": {}}
+        for path in paths:
+            parts = path.split("/")
+            if any(part.startswith(".") for part in parts) or not path.lower().endswith(EXTENSIONS):
+                continue
+            for depth in range(min(2, len(parts) - 1)):
+                below = self._below.setdefault("/".join(parts[:depth]), {})
+                below.setdefault(parts[depth], []).append("/".join(parts[depth + 1 :]))
+
+    def subfolders(self, folder: str) -> list[str]:
+        return sorted(self._below.get(folder, {}))
+
+    def images(self, folder: str) -> list[str]:
+        above, _, name = folder.rpartition("/")
+        return self._below[above][name]
+
+
+def has_images(root: str) -> bool:
+    """Whether there is an image in a folder of a local folder."""
+    return any(
+        name.lower().endswith(EXTENSIONS)
+        for sub in _Local(root).subfolders("")
+        for _, _, names in os.walk(os.path.join(root, sub), followlinks=True)
+        for name in names
+    )
+
+
+def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) -> Source:
+    """The data set in a folder; `listed`: all paths within it, where it lies on another machine."""
+    tree: _Tree = _Local(root) if listed is None else _Listed(listed)
+    split = bool(tree.subfolders("train"))  # but a class may be called train, too
+    within = "train" if split else ""
+    found = _by_class(tree, within)
+    if not any(map(len, found.values())):
+        raise DataError(
+            f"data {root}: no images ({' '.join(EXTENSIONS)}) in class folders, no parquet files and no tar shards; "
+            "allowed are <class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg, or *.parquet, or *.tar"
+        )
+    if not split and all(name.lower() in ("train", *TEST_SPLITS) for name in found):
+        raise DataError(
+            f"data {root}: its only folders are {', '.join(found)}, which are no classes; images must be in "
+            "train/<class>/, and those of other splits in test/<class>/ or val/<class>/"
+        )
+    empty = [name for name, paths in found.items() if not len(paths)]
+    if empty:
+        raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
+    classes = tuple(found)
+
+    def other(name: str) -> Labelled:
+        held = {each: paths for each, paths in _by_class(tree, name).items() if len(paths)}
+        strange = [each for each in held if each not in classes]
+        if strange:
+            raise DataError(f"data {root}/{name}: classes without training images: {', '.join(strange)}")
+        if not held:
+            raise DataError(f"data {root}/{name}: no images ({' '.join(EXTENSIONS)}) in its class folders")
+        return _files(f"{root}/{name}", held, classes)
+
+    others = [name for name in TEST_SPLITS if split and tree.subfolders(name)]
+    train = _files(f"{root}/train" if split else root, found, classes)
+    return Source(classes, train, *test_and_validation(others, other, data))
+
+
+def _by_class(tree: _Tree, within: str) -> dict[str, Texts]:
+    """Paths below `within`, sorted, by class; packed class by class, as they are many."""
+    return {
+        name: _sorted(name, tree.images(f"{within}/{name}" if within else name)) for name in tree.subfolders(within)
+    }
+
+
+def _sorted(name: str, paths: list[str]) -> Texts:
+    if any("/" in path for path in paths):
+        paths.sort(key=lambda path: path.split("/"))
+    else:
+        paths.sort()
+    return Texts.of(f"{name}/{path}" for path in paths)
+
+
+def _files(root: str, found: dict[str, Texts], classes: tuple[str, ...]) -> Labelled:
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.repeat([number[name] for name in found], [len(paths) for paths in found.values()])
+    return all_of(_Files(root, Texts.joined(list(found.values()))), labels)
