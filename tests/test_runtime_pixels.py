@@ -11,9 +11,8 @@ from PIL import Image
 
 import bundles
 import ddnn
-from ddnn.data import decode
+from ddnn import picture as training
 from ddnn.data.augment import for_evaluation, normalise
-from ddnn.data.sources import _Files
 from ddnn.errors import RequestError
 from ddnn.runtime.manifest import Input
 from ddnn.runtime.pixels import batch_of, normalised, open_rgb, square
@@ -50,7 +49,9 @@ def test_decoding_is_that_of_training(tmp_path: Path, mode: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     image.save(path, **({"exif": exif} if path.suffix == ".jpg" else {}))
-    assert np.array_equal(np.asarray(open_rgb(path)), np.asarray(decode.rgb(_Files([path]), 0)))
+    assert np.array_equal(
+        np.asarray(open_rgb(path)), np.asarray(training.rgb(lambda: Image.open(path, formats=training.FORMATS)))
+    )
 
 
 def test_files_and_arrays_come_to_the_same(tmp_path: Path) -> None:
