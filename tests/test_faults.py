@@ -57,7 +57,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
                     os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL of one of two processes at random moments; torchrun starts them again, and nothing is different."""
     often = [*EXACT, "train.epochs=20", f"train.checkpoint_steps={EVERY}", "train.precision=float32"]
@@ -93,8 +93,8 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
     assert [epoch["step"] for epoch in RunFolder.open(run).metrics()] == [5 * e for e in range(1, 21)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "told"), [(1, "workers"), (2, "workers"), (2, "torchrun")])
+def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int, told: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     long = [*EXACT, "train.epochs=2000", "train.checkpoint_minutes=60", "--out", run]
     command = torchrun(processes, "digits", *long)
@@ -102,12 +102,12 @@ def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int,
         until(bool(steps_kept(run)) for _ in iter(int, None))
         workers = children(training.pid)
         since = time.monotonic()
-        for worker in workers:  # as a scheduler does it that signals every process
-            os.kill(worker, signal.SIGTERM)
+        for process in workers if told == "workers" else [training.pid]:  # schedulers do the one or the other
+            os.kill(process, signal.SIGTERM)
         printed, _ = training.communicate(timeout=120)
     assert time.monotonic() - since < 10 + 10, printed  # ten for the checkpoint, ten for torchrun to see it
     assert "stopped by SIGTERM" in printed
-    assert "exitcode  : 75" in printed
+    assert told == "torchrun" or "exitcode  : 75" in printed
     step = int(printed.split("after step ")[1].split(",")[0]) if "after step" in printed else None
     assert step is None or steps_kept(run)[-1] == step
     reached = steps_kept(run)[-1]
