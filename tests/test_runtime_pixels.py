@@ -13,7 +13,8 @@ import bundles
 import ddnn
 from ddnn.data import decode
 from ddnn.data.augment import for_evaluation, normalise
-from ddnn.data.sources import _Files
+from ddnn.data.sources.folders import _Files
+from ddnn.data.sources.texts import Texts
 from ddnn.errors import RequestError
 from ddnn.runtime.manifest import Input
 from ddnn.runtime.pixels import batch_of, normalised, open_rgb, square
@@ -50,7 +51,9 @@ def test_decoding_is_that_of_training(tmp_path: Path, mode: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     image.save(path, **({"exif": exif} if path.suffix == ".jpg" else {}))
-    assert np.array_equal(np.asarray(open_rgb(path)), np.asarray(decode.rgb(_Files([path]), 0)))
+    assert np.array_equal(
+        np.asarray(open_rgb(path)), np.asarray(decode.rgb(_Files(str(path.parent), Texts.of([path.name])), 0))
+    )
 
 
 def test_files_and_arrays_come_to_the_same(tmp_path: Path) -> None:
