@@ -170,6 +170,15 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     compare(folder, recipe, ["ekd"], 2, again)
     assert again.ended == ["ekd-seed1"]
 
+    # and the result still has all that is there, whatever was asked for last
+    for methods, seeds in ((["ekd"], 2), (["joint"], 1)):
+        compare(folder, recipe, methods, seeds, again)
+        rows = json.loads(path.read_text())["methods"]
+        assert list(rows) == list(METHODS)
+        assert None not in rows["ekd"]["subnets"]["resnet8"]
+        for method in set(METHODS) - {"ekd"}:
+            assert rows[method]["subnets"]["resnet8"] == [content["methods"][method]["subnets"]["resnet8"][0], None]
+
 
 @pytest.mark.usefixtures("in_this_process")
 def test_it_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

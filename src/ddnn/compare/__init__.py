@@ -11,13 +11,14 @@ Each training is a process of its own (`ddnn train --resume`), on this machine o
 Calling it again goes on where it was: finished runs are kept, a broken one is resumed from its checkpoint.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from ddnn import recipe as recipes
 from ddnn.build import build, check
 from ddnn.compare.engine import Engine, Local, see_log
-from ddnn.compare.outcome import collect, seconds_left, summary_of
+from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
 from ddnn.compare.plan import METHODS, Job, plan
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
@@ -58,13 +59,17 @@ def compare(
     """
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
-    plan(recipe, methods, seeds, list(net.depths))  # mistakes show before anything is made
+    nets = list(net.depths)
+    plan(recipe, methods, seeds, nets)  # mistakes show before anything is made
     _open(folder, recipe)
     engine = engine or Local()
     try:
-        jobs = plan(engine.open(folder, recipe, watcher.note), methods, seeds, list(net.depths))
-        collect(folder, recipe, jobs, name)
-        failed = _run(folder, recipe, jobs, watcher, name, engine)
+        ready = engine.open(folder, recipe, watcher.note)
+        jobs = plan(ready, methods, seeds, nets)
+        # what earlier calls, with other methods or more seeds, left here stays in the result
+        every = plan(ready, [*methods, *methods_in(folder)], max(seeds, seeds_in(folder)), nets)
+        collect(folder, recipe, every, name)
+        failed = _run(folder, jobs, watcher, engine, lambda: collect(folder, recipe, every, name))
     finally:
         engine.close()
     if failed:
@@ -75,8 +80,10 @@ def compare(
     return folder / "comparison.json"
 
 
-def _run(folder: Path, recipe: Recipe, jobs: list[Job], watcher: Watcher, name: str, engine: Engine) -> dict[str, str]:
-    """Run what is missing; why trainings failed, by name."""
+def _run(
+    folder: Path, jobs: list[Job], watcher: Watcher, engine: Engine, sum_up: Callable[[], object]
+) -> dict[str, str]:
+    """Run what is missing, and sum up after each; why trainings failed, by name."""
     by_name = {job.name: job for job in jobs}
     todo = [job for job in jobs if not summary_of(folder, job)]
     started: set[str] = set()
@@ -96,7 +103,7 @@ def _run(folder: Path, recipe: Recipe, jobs: list[Job], watcher: Watcher, name: 
             if why or summary is None:
                 failed[ended] = why or see_log(folder, ended)
             else:
-                collect(folder, recipe, jobs, name)
+                sum_up()
                 watcher.finished(ended, summary)
         running = engine.running()
         done = sum(summary_of(folder, job) is not None for job in jobs)

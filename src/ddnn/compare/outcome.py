@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
-from ddnn.compare.plan import Job
+from ddnn.compare.plan import METHODS, Job
 from ddnn.evaluate import macs
 from ddnn.files import write_atomic
 from ddnn.recipe import Network, Recipe
@@ -19,6 +20,18 @@ def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
     """The `summary.json` of a training; None where it has not ended."""
     path = folder / "runs" / job.name
     return RunFolder(path, job.recipe).read_json("summary.json")
+
+
+def methods_in(folder: Path) -> list[str]:
+    """The methods of which a training has ended in this folder."""
+    ended = {path.parent.name for path in folder.glob("runs/*/summary.json")}
+    return [method for method in METHODS if any(re.fullmatch(rf"{method}(-\D.*)?-seed\d+", name) for name in ended)]
+
+
+def seeds_in(folder: Path) -> int:
+    """How many seeds, counted from the first, trainings that have ended in this folder had."""
+    found = (re.search(r"-seed(\d+)$", path.parent.name) for path in folder.glob("runs/*/summary.json"))
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a_time: int = 1) -> float | None:
