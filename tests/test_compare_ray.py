@@ -171,7 +171,14 @@ def test_ctrl_c_leaves_what_can_be_gone_on_with(tmp_path: Path, undisturbed: dic
     folder = tmp_path / "fair"
     options = ["--methods", "ekd", "--seeds", "2", "--engine", "ray", "--workers", "1", "-o", str(folder)]
     command = [sys.executable, "-m", "ddnn", "compare", "digits", *RECIPE, *options]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background has them ignore Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 200
     while not list(folder.glob("runs/*/checkpoints/step-*.pt")):
         assert first.poll() is None, first.communicate()
