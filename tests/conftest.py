@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,20 +32,14 @@ def trainings_of(folder: Path) -> list[int]:
     return found
 
 
-class Quiet:
+class Quiet(trainer.Silent):
     """Watches a training in silence; calls `at` with the steps done, to disturb it."""
 
     def __init__(self, at: Callable[[int], None] = lambda done: None) -> None:
         self.at = at
 
-    def start(self, *_: object) -> None:
-        pass
-
     def steps(self, done: int, *_: object) -> None:
         self.at(done)
-
-    def epoch(self, metrics: dict[str, Any]) -> None:
-        pass
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def test_a_lost_host_is_replaced(cluster: Any, tmp_path: Path, undisturbed: dict
 @pytest.mark.usefixtures("cluster")
 def test_what_no_host_can_do_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ddnn.compare import over_ray
-    from ddnn.compare.over_ray import _complaint, _versions
+    from ddnn.compare.over_ray import _complaint
+    from ddnn.trainer import versions
 
     watcher = Disturber("", tmp_path, lambda about: None)
     large = recipes.load("digits", [*RECIPE, "train.threads=3"])
@@ -148,7 +149,7 @@ def test_what_no_host_can_do_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
             RunError, match=r"^host \S+ of the Ray cluster doesn't see \S+/apart as \S+ does; give an --out"
         ):
             compare(tmp_path / "apart", recipe(), ["ekd"], 1, watcher, engine=engine())
-    driver = {"token": "ours", "host": "here", **_versions()}
+    driver = {"token": "ours", "host": "here", **versions()}
     (tmp_path / "workers").mkdir()
     assert "doesn't see" in str(_complaint(tmp_path, driver))
     (tmp_path / "workers" / "driver.json").write_text(json.dumps({**driver, "token": "another"}))

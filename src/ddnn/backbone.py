@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddnn.errors import NestingError
+from ddnn.errors import NestingError, first_line
 from ddnn.families.discover import ghost
 from ddnn.families.family import Anatomy
 from ddnn.families.split import holders
 from ddnn.network import DDNN
-from ddnn.proof import at_rest, first_line
+from ddnn.proof import at_rest
 
 SIZES = (256, 224, 384)
 """Sides in pixels of the images to measure with, where none is given: most networks take some of these."""

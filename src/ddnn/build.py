@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddnn.errors import RecipeError
+from ddnn.errors import RecipeError, first_line
 from ddnn.families import PRESETS, anatomy_of
 from ddnn.families import build as build_full_net
 from ddnn.families.cifar_resnet import CifarResNet
 from ddnn.families.discover import behaviour
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
-from ddnn.proof import first_line
 from ddnn.recipe import Network, Recipe
 
 

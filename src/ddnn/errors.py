@@ -47,3 +47,11 @@ class ExportError(DDNNError):
 
 class HubError(DDNNError):
     """What the Hugging Face hub keeps of a model, in a folder or a repository, can't be written, read or trusted."""
+
+
+def first_line(error: BaseException, *, kind: bool = True) -> str:
+    """The first line of somebody else's error, with its kind if wanted; its kind alone where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}" if kind else lines[0].rstrip()

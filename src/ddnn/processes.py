@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddnn.errors import RunError
+from ddnn.errors import RunError, first_line
 from ddnn.launch import launched
 
 
@@ -165,7 +165,7 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"the {os.environ['WORLD_SIZE']} processes cannot meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} from {socket.gethostname()}: {_first_line(error)}"
+            f"{os.environ['MASTER_PORT']} from {socket.gethostname()}: {first_line(error, kind=False)}"
         ) from error
     try:
         yield processes
@@ -176,7 +176,7 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         raise RunError(
             f"another process was lost, or did not answer for {patience.total_seconds():g} s "
             f"(train.patience_minutes); the training goes on from its last checkpoint when it is started again. torch "
-            f"on {socket.gethostname()} says: {_first_line(error)}"
+            f"on {socket.gethostname()} says: {first_line(error, kind=False)}"
         ) from None
     finally:
         with contextlib.suppress(RuntimeError):
@@ -213,10 +213,6 @@ def meet(store: Any, rank: int, count: int, patience: timedelta) -> str:
                     return hashlib.sha256(marks.encode()).hexdigest()
         time.sleep(0.02)
     raise RunError(f"not all {count} processes came within {patience.total_seconds():g} s (train.patience_minutes)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _lost(error: RuntimeError) -> bool:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ddnn.errors import NestingError
+from ddnn.errors import NestingError, first_line
 
 Function = Callable[[Tensor], Tensor]
 
@@ -57,9 +57,3 @@ def described(result: object) -> str:
     if isinstance(result, (tuple, list)):
         return f"{len(result)} values ({', '.join(type(value).__name__ for value in result)})"
     return f"a {type(result).__name__}"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, with its kind."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -72,32 +72,30 @@ class Silent:
 GO_ON, SAVE, STOP = 0, 1, 2  # what a process may wish after a step; the highest of all processes' wishes is done
 
 
-def train(run: RunFolder, progress: Progress, processes: Processes | None = None) -> dict[str, Any]:
+def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train a run from its last checkpoint, or from the start, to its end; return the content of `summary.json`.
 
     Under torchrun every process calls this, and together they train one network; `run` is the same folder for all, and
-    only process 0 writes there. `processes` are those that have met already; if not given, they meet here.
+    only process 0 writes there.
 
     Raises `RunError` when a loss is no longer finite or another process is lost, and `Preempted` after SIGTERM; the
     last good checkpoint stays.
     """
-    if processes is None:
-        recipe = run.recipe
-        device = choose_device(recipe.train.device)
-        with together(device, timedelta(minutes=recipe.train.patience_minutes)) as met:
-            return train(run, progress, met)
-    with heeded(run.path) as notice:
-        return _train(run if processes.first else run.unwritten(), progress, processes, notice)
+    device = choose_device(run.recipe.train.device)
+    patience = timedelta(minutes=run.recipe.train.patience_minutes)
+    with together(device, patience) as processes, heeded(run.path) as notice:
+        return _train(run if processes.first else run.unwritten(), progress, device, processes, notice)
 
 
-def _train(run: RunFolder, progress: Progress, processes: Processes, notice: Notice) -> dict[str, Any]:
+def _train(
+    run: RunFolder, progress: Progress, device: torch.device, processes: Processes, notice: Notice
+) -> dict[str, Any]:
     recipe = run.recipe
     processes.check_same("the recipe", run.recipe_digest())
     summary: dict[str, Any] | None = processes.from_first(run.read_json("summary.json") if processes.first else None)
     if summary:
         return summary
     check_divides(recipe.train.batch_size, recipe.train.accumulate, processes.count)
-    device = choose_device(recipe.train.device)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
@@ -250,10 +248,11 @@ def _backward(
     else:  # which waits for a gradient of every parameter, also of a net that has no term in this step
         idle = [name for name in outputs if not any(term.startswith(f"{name}/") for term in terms)]
         torch.stack([loss, *(0 * outputs[name].logits.sum() for name in idle)]).sum().backward()
-        taught = {p for name in outputs if name not in idle for p in state.net.nets[name].parameters()}
-        for parameter in state.net.parameters():
-            if parameter not in taught:
-                parameter.grad = None
+        if idle:
+            taught = {p for name in outputs if name not in idle for p in state.net.nets[name].parameters()}
+            for parameter in state.net.parameters():
+                if parameter not in taught:
+                    parameter.grad = None
     return {name: t.detach() for name, t in terms.items()}, {name: o.logits.detach() for name, o in outputs.items()}
 
 
@@ -330,7 +329,7 @@ def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
 def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: int) -> dict[str, Any]:
     """What `run.json` says: all that the recipe does not."""
     return {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}},
+        "versions": versions(),
         "machine": {
             "platform": platform.platform(),
             "device": threads(device),
@@ -354,6 +353,11 @@ def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: 
             "corrupt": list(dataset.corrupt),
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides what a training computes."""
+    return {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}}
 
 
 def commit() -> str | None:

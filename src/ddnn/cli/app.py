@@ -54,7 +54,8 @@ def main() -> None:
     try:
         app()
     except Preempted as stopped:
-        typer.echo(str(stopped) if not rank() else "", err=True, nl=not rank())
+        if rank() == 0:
+            typer.echo(str(stopped), err=True)
         raise SystemExit(75) from None
     except DDNNError as error:
         if not (rank() and isinstance(error, RecipeError | NestingError)):  # which all processes find alike

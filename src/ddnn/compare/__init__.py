@@ -67,7 +67,9 @@ def compare(
         ready = engine.open(folder, recipe, watcher.note)
         jobs = plan(ready, methods, seeds, nets)
         # what earlier calls, with other methods or more seeds, left here stays in the result
-        every = plan(ready, [*methods, *methods_in(folder)], max(seeds, seeds_in(folder)), nets)
+        most = max(seeds, seeds_in(folder))
+        kept = methods_in(folder, plan(ready, METHODS, most, nets))
+        every = plan(ready, [*methods, *kept], most, nets)
         collect(folder, recipe, every, name)
         failed = _run(folder, jobs, watcher, engine, lambda: collect(folder, recipe, every, name))
     finally:

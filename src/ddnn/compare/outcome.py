@@ -10,7 +10,7 @@ from typing import Any
 
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
-from ddnn.compare.plan import METHODS, Job
+from ddnn.compare.plan import Job
 from ddnn.evaluate import macs
 from ddnn.files import write_atomic
 from ddnn.recipe import Network, Recipe
@@ -22,10 +22,9 @@ def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
     return RunFolder(path, job.recipe).read_json("summary.json")
 
 
-def methods_in(folder: Path) -> list[str]:
-    """The methods of which a training has ended in this folder."""
-    ended = {path.parent.name for path in folder.glob("runs/*/summary.json")}
-    return [method for method in METHODS if any(re.fullmatch(rf"{method}(-\D.*)?-seed\d+", name) for name in ended)]
+def methods_in(folder: Path, jobs: Iterable[Job]) -> list[str]:
+    """The methods of those of these trainings that have ended in this folder."""
+    return list(dict.fromkeys(job.method for job in jobs if (folder / "runs" / job.name / "summary.json").exists()))
 
 
 def seeds_in(folder: Path) -> int:

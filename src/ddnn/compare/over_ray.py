@@ -10,12 +10,10 @@ its last checkpoint. Besides what every comparison holds, the folder gets
 
 import json
 import os
-import platform
 import socket
 import time
 import uuid
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ddnn.compare.engine import see_log
 from ddnn.compare.plan import Job, changed
 from ddnn.compare.process import PATIENCE, train_run
-from ddnn.errors import RunError
+from ddnn.errors import RunError, first_line
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe
+from ddnn.trainer import versions
 
 LOSSES = 3
 """How often a training may lose its worker before it counts as failed."""
@@ -71,7 +70,7 @@ class OverRay:
         """Connect, and see that every host has the folder and the same versions; `RunError` where one has not."""
         self._folder, self._note = folder.resolve(), note
         (self._folder / "workers").mkdir(exist_ok=True)
-        self._driver = {"token": uuid.uuid4().hex, "host": socket.gethostname(), **_versions()}
+        self._driver = {"token": uuid.uuid4().hex, "host": socket.gethostname(), **versions()}
         write_atomic(self._folder / "workers" / "driver.json", json.dumps(self._driver).encode())
         self._connect()
         train = recipe.train
@@ -87,7 +86,7 @@ class OverRay:
             try:
                 complaint = ray.get(look, timeout=LOOK)
             except (exceptions.RayError, ImportError) as error:
-                complaint = f"host {host} of the Ray cluster can't run a training: {_first_line(error)}"
+                complaint = f"host {host} of the Ray cluster can't run a training: {_told(error)}"
             if complaint:
                 raise RunError(complaint)
         if train.threads is None and not self._needs["GPU"]:
@@ -120,9 +119,9 @@ class OverRay:
             try:
                 code, complaint = ray.get(reference)
             except _LOST as error:
-                self._lost(job, _first_line(error), found)
+                self._lost(job, _told(error), found)
             except (exceptions.RayError, OSError, ImportError) as error:
-                found[job.name] = _first_line(error)
+                found[job.name] = _told(error)
             else:
                 if complaint:
                     raise RunError(complaint)
@@ -199,7 +198,7 @@ class OverRay:
                 ray.init(self.address, **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise RunError(
-                f"cannot reach a Ray cluster at {self.address or 'this machine'}: {_first_line(error)}; "
+                f"cannot reach a Ray cluster at {self.address or 'this machine'}: {_told(error)}; "
                 "`ray start --head` starts one, `ray start --address=HEAD:6379` adds a host"
             ) from None
         self._ours = True
@@ -241,14 +240,10 @@ def _complaint(folder: Path, driver: dict[str, str]) -> str | None:
         )
     if not os.access(folder / "workers", os.W_OK):
         return f"host {host} of the Ray cluster can't write to {folder}"
-    for package, ours in _versions().items():
+    for package, ours in versions().items():
         if ours != driver[package]:
             return f"host {host} of the Ray cluster has {package} {ours}, {driver['host']} has {driver[package]}"
     return None
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{p: version(p) for p in ("ddnn", "torch", "torchvision")}}
 
 
 def _about(folder: Path, name: str) -> dict[str, Any]:
@@ -280,9 +275,9 @@ def _remote(function: Callable[..., Any], *, strategy: Any, **options: Any) -> A
     return ray.remote(max_retries=0)(function).options(scheduling_strategy=strategy, **options)
 
 
-def _first_line(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     if isinstance(error, exceptions.GetTimeoutError):
         return f"it has not answered for {LOOK:.0f} s"
     if isinstance(error, exceptions.RayTaskError):
         error = error.cause
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error, kind=False)

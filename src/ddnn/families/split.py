@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from ddnn.proof import first_line
+from ddnn.errors import first_line
 
 Function = Callable[[nn.Module, Tensor], Tensor]
 

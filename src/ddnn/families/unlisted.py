@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ddnn.errors import NestingError
+from ddnn.errors import NestingError, first_line
 from ddnn.families.anatomy import Stage, named_stages
 from ddnn.families.discover import Behaviour, behaviour, example_for, find_stages
 from ddnn.families.family import Anatomy, Axes, Family
 from ddnn.families.split import IndivisibleError
-from ddnn.proof import described, first_line
+from ddnn.proof import described
 
 HOW_TO_NAME = (
     "name them, such as ddnn.nest(net, {...}, stages=['layer1', 'features[2:6]', 'block1..block3', 'stages.*.blocks']) "

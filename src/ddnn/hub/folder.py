@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddnn.checkpoint import fill, weights_of
-from ddnn.errors import DDNNError, HubError, RunError
+from ddnn.errors import DDNNError, HubError, RunError, first_line
 from ddnn.families import build as build_full_net
 from ddnn.families import family_of
 from ddnn.families.family import Family
@@ -18,7 +18,6 @@ from ddnn.hub.config import Config, Network, Preprocessing, checked, read
 from ddnn.hub.evidence import Evidence
 from ddnn.hub.remote import fetch
 from ddnn.network import DDNN, nest
-from ddnn.proof import first_line
 
 WEIGHTS = "model.safetensors"
 USUAL_SIZE = 224  # of images, where nothing says how large the network's are

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddnn.errors import HubError
+from ddnn.errors import HubError, first_line
 from ddnn.network import DDNN
 
 
@@ -44,7 +44,7 @@ def fetch(
 def _unreachable(name: str | Path, error: Exception) -> HubError:
     return HubError(
         f"{str(name)!r} is no folder here, and no model of that id can be had from the Hugging Face hub "
-        f"({_first_line(error)})"
+        f"({first_line(error)})"
     )
 
 
@@ -101,11 +101,7 @@ def upload(
         )  # fmt: skip
     except Exception as error:  # its errors, those of its HTTP client and of the file system
         raise HubError(
-            f"the Hugging Face hub did not take {folder} as {repo_id} ({_first_line(error)}); an id is owner/name, and "
+            f"the Hugging Face hub did not take {folder} as {repo_id} ({first_line(error)}); an id is owner/name, and "
             "`hf auth login` says who you are"
         ) from None
     return str(made)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddnn.data.decode import Reader
 from ddnn.data.sources.found import LABEL_COLUMNS, Source, Values, by_splits, train_split
-from ddnn.errors import DataError
+from ddnn.errors import DataError, first_line
 from ddnn.picture import FORMATS
 from ddnn.recipe import Data
 
@@ -96,11 +96,6 @@ def coded(column: Any) -> Values:
 def class_names(features: Mapping[str, Any], label: str) -> Sequence[str] | None:
     """Of a column of type ClassLabel; None of another."""
     return getattr(features[label], "names", None)
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _image_column(place: str, features: Mapping[str, Any]) -> str:

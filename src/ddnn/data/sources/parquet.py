@@ -21,9 +21,9 @@ from torch import Tensor
 from ddnn.data.decode import Reader
 from ddnn.data.sources import places
 from ddnn.data.sources.found import Source, Values, by_splits, train_split
-from ddnn.data.sources.hub import class_names, coded, columns, first_line, tables
+from ddnn.data.sources.hub import class_names, coded, columns, tables
 from ddnn.data.sources.recent import Recent
-from ddnn.errors import DataError
+from ddnn.errors import DataError, first_line
 from ddnn.picture import FORMATS
 from ddnn.recipe import Data
 
