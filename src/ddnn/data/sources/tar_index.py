@@ -5,17 +5,18 @@ change and label. A cache folder that can't be written is done without.
 """
 
 import contextlib
-import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ddnn.data.sources import places
 from ddnn.data.sources.found import EXTENSIONS, LABEL_COLUMNS, Values
@@ -23,7 +24,7 @@ from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError, RunError
 from ddnn.files import write_atomic
 
-VERSION = 1
+VERSION = 2
 LABELS = (".cls", ".json")
 BLOCK = 512
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -47,7 +48,7 @@ def index(place: str, label_column: str | None) -> Index:
         raise DataError(f"data {place}: it cannot be read ({error.strerror})") from error
     where = place if places.is_remote(place) else os.path.abspath(place)
     key = sha256(json.dumps([VERSION, where, mark, label_column]).encode()).hexdigest()
-    kept = _cache() / f"{key[:32]}.npz"
+    kept = _cache() / f"{key[:32]}.safetensors"
     found = _load(kept)
     if found is None:
         found = _scan(place, size, label_column)
@@ -63,27 +64,26 @@ def _cache() -> Path:
 
 def _load(path: Path) -> Index | None:
     try:
-        with io.BytesIO(path.read_bytes()) as file, np.load(file, allow_pickle=False) as held:
-            names = Texts(held["block"], held["name_starts"])
-            distinct = json.loads(held["distinct"].tobytes())
-            return Index(held["starts"], held["sizes"], names, Values(held["codes"], distinct))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or a damaged one
+        # not as npz: numpy reads a header by Python's parser, which fails now and then in threads under Python 3.11
+        held = load(path.read_bytes())
+        names = Texts(held["block"], held["name_starts"])
+        distinct = json.loads(held["distinct"].tobytes())
+        return Index(held["starts"], held["sizes"], names, Values(held["codes"], distinct))
+    except (OSError, ValueError, KeyError, SafetensorError):  # none, or a damaged one
         return None
 
 
 def _save(path: Path, index: Index) -> None:
-    content = io.BytesIO()
-    np.savez(
-        content,
-        starts=index.starts,
-        sizes=index.sizes,
-        block=index.names.block,
-        name_starts=index.names.starts,
-        codes=index.labels.codes,
-        distinct=np.frombuffer(json.dumps(index.labels.distinct).encode(), dtype=np.uint8),
-    )
+    held: dict[str, NDArray[Any]] = {
+        "starts": index.starts,
+        "sizes": index.sizes,
+        "block": index.names.block,
+        "name_starts": index.names.starts,
+        "codes": index.labels.codes,
+        "distinct": np.frombuffer(json.dumps(index.labels.distinct).encode(), dtype=np.uint8),
+    }
     with contextlib.suppress(RunError):
-        write_atomic(path, content.getvalue())
+        write_atomic(path, save(held))
 
 
 class _Bytes:
