@@ -191,6 +191,17 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny: Make, monkeypatch: pyte
         train(RunFolder.open(run.path), Quiet())
 
 
+def test_a_run_goes_on_in_a_version_with_more_settings(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny("whole")
+    train(whole, Quiet())
+    monkeypatch.setattr(trainer, "LOOK_EVERY", 1)
+    run = interrupted(tiny, "run")
+    to_toml = recipe.Recipe.to_toml
+    monkeypatch.setattr(recipe.Recipe, "to_toml", lambda of: to_toml(of) + "novel = 1\n")
+    train(RunFolder.open(run.path), Quiet())
+    assert_bitwise(whole, run)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny: Make) -> None:
     run = tiny("run", "optim.lr=1e20", "schedule.name=constant")
     with pytest.raises(

@@ -123,7 +123,7 @@ class RunFolder:
         if not self._written:
             return
         buffer = io.BytesIO()
-        torch.save({"recipe": self.recipe_digest(), **state}, buffer)
+        torch.save({"recipe": self._digest_as_written(), **state}, buffer)
         content = buffer.getvalue()
         name = f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         self._write(f"checkpoints/{name}", content)
@@ -149,7 +149,7 @@ class RunFolder:
                 state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise RunError(f"{path} holds more than a checkpoint does and is not loaded") from None
-            if state.pop("recipe") != self.recipe_digest():
+            if state.pop("recipe") != self._digest_as_written():
                 raise RunError(f"checkpoint {path} belongs to another recipe than {self.path / 'recipe.toml'}")
             return state
         if found:
@@ -167,6 +167,10 @@ class RunFolder:
     def recipe_digest(self) -> str:
         """Hex SHA-256 of the resolved recipe."""
         return hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()
+
+    def _digest_as_written(self) -> str:
+        """Hex SHA-256 of `recipe.toml` as the run began with it: it lacks settings that later versions brought."""
+        return hashlib.sha256((self.path / "recipe.toml").read_bytes()).hexdigest()
 
     # -- weights ------------------------------------------------------------------------------------------------
 
