@@ -82,7 +82,7 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
     recipe = tiny_recipe("train.seed=5", "objective.ramp=[0.2,0.6]")
     base = recipe.model_dump()
     jobs = {job.name: job for job in plan(recipe, METHODS, 2, NETS)}
-    assert len(jobs) == 2 * (5 + 2 * 3)
+    assert len(jobs) == 2 * (6 + 2 * 3)
     changes = {}
     for name, job in jobs.items():
         theirs = job.recipe.model_dump()
@@ -109,13 +109,20 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
         "objective.ramp": (0.0, 0.0),
         "objective.teacher": Path("../alone-resnet20-seed0"),  # wherever the comparison is moved
     }
+    assert changes["ekd-pretrained-seed1"] == {
+        "train.seed": 6,
+        "network.weights": Path("../alone-resnet20-seed1"),
+        "objective.ramp": (0.0, 0.0),
+        "objective.teacher": Path("../alone-resnet20-seed1"),
+    }
 
 
 def test_teachers_come_before_their_students() -> None:
-    jobs = plan(tiny_recipe(), ["two-model-kd"], 1, NETS)
-    names = [job.name for job in jobs]
-    assert names[:3] == [f"alone-{net}-seed0" for net in NETS]
-    assert all(names.index(job.needs) < names.index(job.name) for job in jobs if job.needs)
+    for method in ("two-model-kd", "ekd-pretrained"):
+        jobs = plan(tiny_recipe(), [method], 1, NETS)
+        names = [job.name for job in jobs]
+        assert names[:3] == [f"alone-{net}-seed0" for net in NETS]
+        assert all(job.needs and names.index(job.needs) < names.index(job.name) for job in jobs[3:])
     with pytest.raises(RecipeError, match="no method 'magic'; there are: ekd, alone, joint"):
         plan(tiny_recipe(), ["magic"], 1, NETS)
 
@@ -145,6 +152,7 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     costs = {method: row["macs_per_step"] / recipe.train.batch_size for method, row in content["methods"].items()}
     assert costs["alone"] == 3 * sum(alone.values())
     assert costs["ekd"] == costs["joint"] == 3 * macs(net, 8)
+    assert costs["ekd-pretrained"] == 3 * full + 3 * macs(net, 8) + full
     assert costs["two-model-kd"] == 3 * full + 3 * (sum(alone.values()) + full)
 
     # the same training by hand gives the same weights
@@ -156,11 +164,12 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     # what each learns from
     terms = {
         name: set(RunFolder.open(folder / "runs" / f"{name}-seed0").metrics()[0]["terms"])
-        for name in ("adaptive-depth", "joint", "alone-resnet8", "two-model-kd-resnet8")
+        for name in ("adaptive-depth", "joint", "alone-resnet8", "two-model-kd-resnet8", "ekd-pretrained")
     }
     assert terms["adaptive-depth"] == {"resnet20/ce", "resnet8/kl", "resnet14/kl"}
     assert terms["joint"] == {"resnet20/ce", "resnet8/ce", "resnet14/ce"}
     assert terms["alone-resnet8"] == {"resnet8/ce"}
+    assert terms["ekd-pretrained"] == {f"{net}/{term}" for net in NETS for term in ("ce", "kl", "attention")}
     assert terms["two-model-kd-resnet8"] == {"resnet8/ce", "resnet8/kl", "resnet8/attention"}
 
     # asked again it trains nothing; asked for another seed, only that

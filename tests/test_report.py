@@ -187,7 +187,7 @@ def test_what_is_missing_is_said() -> None:
     content = comparison(late)
     assert missing(summarise(content)) == [
         "Not part of this comparison: alone, joint (cross-entropy only), attention only, two-model KD, "
-        "adaptive-depth objective.",
+        "DDNN-EKD from a trained full-net, adaptive-depth objective.",
         "Without nets trained alone there are no paired differences and no relative costs.",
         "Not finished: DDNN-EKD (seed 2); KL only (seed 1 of big).",
     ]

@@ -114,7 +114,8 @@ class Network(Section):
     """Train only this net of the table, by itself; `ddnn compare` uses it for its baselines."""
     weights: Path | None = None
     """The full-net's weights to start from: a safetensors or `weights_only` PyTorch file with the library's names, or
-    a run folder (or its `model.safetensors`), of which the full-net is taken."""
+    a run folder (or its `model.safetensors`), of which the full-net is taken. A relative path starts at the run's own
+    folder, or where the command is given."""
     fresh_classifier: bool = False
     """Whether `weights` trained for other classes are taken without their classifier, which then starts fresh."""
     pretrained: bool = False
@@ -128,6 +129,10 @@ class Network(Section):
         if self.fresh_classifier and self.weights is None:
             raise ValueError("fresh_classifier=true is about weights; give weights=FILE, or leave it out")
         return self
+
+    def seen_from(self, folder: Path) -> "Network":
+        """The same network with weights that a run folder names from there."""
+        return self if self.weights is None else self.model_copy(update={"weights": folder / self.weights})
 
     def unweighted(self) -> "Network":
         """The same network with fresh weights."""
@@ -315,7 +320,7 @@ def _tree(text: str, place: str) -> tuple[dict[str, Any], str]:
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """With paths that are there made absolute, so that a run can be gone on with from another working folder.
 
-    `folder` is where the recipe's file lies: a run folder names its teacher from there.
+    `folder` is where the recipe's file lies: a run folder names its teacher and its weights from there.
     """
     changes: dict[str, dict[str, Any]] = {}
     source = Path(recipe.data.source).expanduser()
@@ -323,14 +328,18 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.data.source not in ("", "digits") and (shards or source.is_dir()):
         changes["data"] = {"source": str(source.resolve())}
     if recipe.network.weights is not None:
-        changes["network"] = {"weights": recipe.network.weights.expanduser().resolve()}
+        changes["network"] = {"weights": _place(recipe.network.weights, folder)}
     if recipe.objective.teacher is not None:
-        teacher = recipe.objective.teacher.expanduser()
-        beside = folder / teacher
-        changes["objective"] = {"teacher": (beside if beside.is_dir() else teacher).resolve()}
+        changes["objective"] = {"teacher": _place(recipe.objective.teacher, folder)}
     return recipe.model_copy(
         update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
     )
+
+
+def _place(path: Path, folder: Path) -> Path:
+    given = path.expanduser()
+    beside = folder / given
+    return (beside if beside.exists() else given).resolve()
 
 
 def parse(tree: dict[str, Any], place: str = "recipe") -> Recipe:

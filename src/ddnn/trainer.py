@@ -106,7 +106,7 @@ def _train(
     memory = PeakMemory(device)
     keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = processes.from_first(run.load_checkpoint() if processes.first else None)
-    network = recipe.network if kept is None else recipe.network.unweighted()
+    network = recipe.network.seen_from(run.path) if kept is None else recipe.network.unweighted()
     net = build(network, len(dataset.classes), dataset.image_size)
     state = State.fresh(recipe, net, steps, device, processes)
     if recipe.objective.teacher is not None:

@@ -143,8 +143,9 @@ def compare(
     """Compare DDNN-EKD with its rivals: the same recipe, the same data order, several seeds.
 
     Methods: ekd, alone (each depth by itself), joint (shared weights, cross-entropy only), kl and attention (one term
-    of the two), two-model-kd (each depth with a separately trained full-net as teacher), adaptive-depth (sub-nets
-    learn from the full-net's posteriors only). The test set is used once per training, after its last epoch.
+    of the two), two-model-kd (each depth with a separately trained full-net as teacher), ekd-pretrained (the
+    full-net trained alone first, then teaching all nets as it was), adaptive-depth (sub-nets learn from the full-net's
+    posteriors only). The test set is used once per training, after its last epoch.
 
       ddnn compare cifar100-resnet8-14-20 --seeds 3 --out runs/fair
 

@@ -43,11 +43,22 @@ def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     return [(f"-{net}", changed(recipe, network={"alone": net}), None) for net in nets]
 
 
+def _full_net(nets: list[str], seed: int) -> tuple[str, Path]:
+    """The training of the full-net alone: its name, and its folder as seen from another training's."""
+    name = f"alone-{nets[-1]}-seed{seed}"
+    return name, Path("..") / name
+
+
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
-    teacher = f"alone-{nets[-1]}-seed{seed}"
-    beside = Path("..") / teacher  # as seen from its own run folder
-    objective = {"teacher": beside, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
-    return [(f"-{net}", changed(recipe, network={"alone": net}, objective=objective), teacher) for net in nets]
+    needed, teacher = _full_net(nets, seed)
+    objective = {"teacher": teacher, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+    return [(f"-{net}", changed(recipe, network={"alone": net}, objective=objective), needed) for net in nets]
+
+
+def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
+    needed, trained = _full_net(nets, seed)
+    network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
+    return [("", changed(recipe, network=network, objective={"teacher": trained, "ramp": (0.0, 0.0)}), needed)]
 
 
 METHODS: dict[str, Method] = {
@@ -57,16 +68,18 @@ METHODS: dict[str, Method] = {
     "kl": _joint(attention=0.0),
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,
+    "ekd-pretrained": _pretrained,
     "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
 }
 """What each method makes of the recipe.
 
 `ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
 `kl` and `attention` leave one of the two terms of distillation; `two-model-kd` trains every depth with the full-net
-of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `adaptive-depth`
-has the objective of adaptive-depth networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its
-posteriors only, at temperature 1. There only the smallest sub-net is trained; here every sub-net is, since each has
-norms of its own.
+of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `ekd-pretrained`
+goes beyond the paper: the full-net is trained alone first, then nested and trained on with its sub-nets, all of them
+taught by it as it was; `adaptive-depth` has the objective of adaptive-depth networks (NeurIPS 2024): the full-net
+learns from labels, sub-nets from its posteriors only, at temperature 1. There only the smallest sub-net is trained;
+here every sub-net is, since each has norms of its own.
 """
 
 
@@ -87,6 +100,6 @@ def _with_prerequisites(methods: Iterable[str]) -> list[str]:
     unknown = [method for method in wanted if method not in METHODS]
     if unknown:
         raise RecipeError(f"no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
-    if "two-model-kd" in wanted and "alone" not in wanted:
-        wanted.append("alone")  # where its teachers come from
+    if {"two-model-kd", "ekd-pretrained"} & {*wanted} and "alone" not in wanted:
+        wanted.append("alone")  # where their teachers come from
     return [method for method in METHODS if method in wanted]

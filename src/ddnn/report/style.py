@@ -19,6 +19,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "kl": {"color": "#009E73", "linestyle": (0, (6, 1.5, 1, 1.5)), "marker": "D"},
     "attention": {"color": "#CC79A7", "linestyle": (0, (2.5, 2)), "marker": "v"},
     "two-model-kd": {"color": "#D55E00", "linestyle": (0, (6, 1.5, 1, 1.5, 1, 1.5)), "marker": "<"},
+    "ekd-pretrained": {"color": "#004060", "linestyle": (0, (5, 1)), "marker": "P"},
     "adaptive-depth": {"color": "#56B4E9", "linestyle": (0, (8, 3)), "marker": ">"},
 }
 """Colours of Okabe and Ito, told apart by the colour-blind; line styles and markers do the same in grey."""
