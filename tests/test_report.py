@@ -19,7 +19,7 @@ from ddnn.report import markdown, summarise, write
 from ddnn.report.comparison import Curves, parse, read_curves
 from ddnn.report.drawing import draw_all
 from ddnn.report.figures import accuracy, cost, difference, learning
-from ddnn.report.sentences import MINUS, TIMES, headline, missing, points, price, verdicts
+from ddnn.report.sentences import MINUS, TIMES, claim, headline, missing, points, price, verdicts
 from ddnn.report.style import STYLES, style
 
 Scores = Sequence[float | None]
@@ -153,6 +153,24 @@ def test_verdicts_above_below_and_no_difference() -> None:
         f"Price: DDNN-EKD took 0.72{TIMES} the wall-clock time, 0.72{TIMES} the processor time, "
         f"0.72{TIMES} the MACs per step and 0.72{TIMES} the peak memory of training every depth alone."
     )
+
+
+def test_the_claim_is_shown_for_whoever_holds_it() -> None:
+    alone = method(100.0, small=[0.50, 0.51, 0.52], big=[0.60, 0.61, 0.62])
+    lossy = method(80.0, small=[0.52, 0.53, 0.541], big=[0.58, 0.59, 0.601])
+    unsure = method(80.0, small=[0.49, 0.52, 0.56], big=[0.60, 0.61, 0.62])
+    good = method(148.0, small=[0.52, 0.53, 0.541], big=[0.599, 0.611, 0.619])
+    rows = {"ekd": lossy, "alone": alone, "joint": unsure}
+    shown = "The claim (every sub-net above alone, the full-net not below it) is shown for"
+    assert claim(summarise(comparison(rows))) == f"{shown} no method here."
+    content = comparison({**rows, "ekd-pretrained": good})
+    assert claim(summarise(content)) == f"{shown} DDNN-EKD from a trained full-net (1.48{TIMES} the MACs)."
+    assert f"- {shown} DDNN-EKD from" in markdown(content)
+    # a full-net whose interval reaches 0 only because seeds scatter does not keep its accuracy
+    scattered = method(148.0, small=[0.52, 0.53, 0.541], big=[0.57, 0.62, 0.60])
+    assert claim(summarise(comparison({"alone": alone, "ekd": scattered}))) == f"{shown} no method here."
+    once = {"alone": method(small=[0.4], big=[0.5]), "ekd": method(small=[0.5], big=[0.6])}
+    assert claim(summarise(comparison(once, seeds=[0]))) is None
 
 
 def test_a_better_rival_is_named(whole: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddnn.report.comparison import LABELS, Comparison, Curves
-from ddnn.report.summary import BASELINE, COSTS, Summary, label
+from ddnn.report.summary import BASELINE, COSTS, Difference, Summary, label
 
 HERO = "ekd"
 MINUS = "\N{MINUS SIGN}"
@@ -94,6 +94,39 @@ def price(summary: Summary) -> str:
     if not known:
         return f"Price: not known before one whole seed of {label(HERO)} and of {label(BASELINE)} is finished."
     return f"Price: {label(HERO)} took {_list(known)} of training every depth alone."
+
+
+TOLERATED = 0.002
+"""How far below alone the full-net's mean may be, as a share, if its interval reaches 0."""
+
+
+def claim(summary: Summary) -> str | None:
+    """Of which methods all that DDNN-EKD promises is shown; None before a method has two seeds of every net."""
+    judged = [method for method in summary.methods if _differences(summary, method)]
+    if not judged:
+        return None
+    promise = "every sub-net above alone, the full-net not below it"
+    if held := [_with_price(summary, method) for method in judged if _holds(_differences(summary, method))]:
+        return f"The claim ({promise}) is shown for {_list(held)}."
+    return f"The claim ({promise}) is shown for no method here."
+
+
+def _differences(summary: Summary, method: str) -> list[Difference]:
+    """To alone, net by net; empty unless every one has an interval."""
+    rows = [summary.row(method, net) for net in summary.nets]
+    found = [row.difference for row in rows if row and row.difference and row.difference.direction is not None]
+    return found if len(found) == len(summary.nets) else []
+
+
+def _holds(differences: list[Difference]) -> bool:
+    *subnets, full = differences
+    return all(d.direction == 1 for d in subnets) and full.direction != -1 and full.mean >= -TOLERATED
+
+
+def _with_price(summary: Summary, method: str) -> str:
+    cost = summary.cost(method)
+    ratio = cost.relative["macs_per_step"] if cost else None
+    return label(method) + (f" ({ratio:.2f}{TIMES} the MACs)" if ratio else "")
 
 
 def missing(summary: Summary, curves: Curves | None = None) -> list[str]:

@@ -82,7 +82,8 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
     """Markdown of a comparison: verdicts, tables, and the figures of these paths by their captions."""
     parts = [f"## {escape(sentences.title(summary.comparison))}"]
     parts.append(f"**{escape(sentences.headline(summary))}**")
-    parts.append(_bullets([*map(str, sentences.verdicts(summary)), sentences.price(summary)]))
+    said = [*map(str, sentences.verdicts(summary)), sentences.price(summary), sentences.claim(summary)]
+    parts.append(_bullets([sentence for sentence in said if sentence]))
     for heading, table in (
         ("Accuracy: top-1 in percent (difference to alone in points, 95% CI)", accuracy_table(summary)),
         ("Cost of training all nets (relative to training every depth alone)", cost_table(summary)),
