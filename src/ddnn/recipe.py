@@ -317,6 +317,12 @@ def _tree(text: str, place: str) -> tuple[dict[str, Any], str]:
         raise RecipeError(f"{place} is not valid TOML: {error}") from None
 
 
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with some fields of some sections changed."""
+    parts = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
+    return recipe.model_copy(update=parts)
+
+
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """With paths that are there made absolute, so that a run can be gone on with from another working folder.
 
@@ -331,9 +337,7 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
         changes["network"] = {"weights": _place(recipe.network.weights, folder)}
     if recipe.objective.teacher is not None:
         changes["objective"] = {"teacher": _place(recipe.objective.teacher, folder)}
-    return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in changes.items()}
-    )
+    return changed(recipe, **changes)
 
 
 def _place(path: Path, folder: Path) -> Path:

@@ -83,7 +83,7 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """
     device = choose_device(run.recipe.train.device)
     patience = timedelta(minutes=run.recipe.train.patience_minutes)
-    with together(device, patience) as processes, heeded(run.path) as notice:
+    with together(device, patience) as processes, heeded(run.whole) as notice:
         return _train(run if processes.first else run.unwritten(), progress, device, processes, notice)
 
 

@@ -7,10 +7,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
-from ddnn.compare.plan import Job, changed
+from ddnn.compare.plan import Job
 from ddnn.compare.process import train_run
 from ddnn.device import choose_device
-from ddnn.recipe import Recipe
+from ddnn.recipe import Recipe, changed
 
 
 class Engine(Protocol):

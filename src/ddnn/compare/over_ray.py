@@ -22,11 +22,11 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddnn.compare.engine import see_log
-from ddnn.compare.plan import Job, changed
+from ddnn.compare.plan import Job
 from ddnn.compare.process import PATIENCE, train_run
 from ddnn.errors import RunError, first_line
 from ddnn.files import write_atomic
-from ddnn.recipe import Recipe
+from ddnn.recipe import Recipe, changed
 from ddnn.trainer import versions
 
 LOSSES = 3

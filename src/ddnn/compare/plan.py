@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.errors import RecipeError
-from ddnn.recipe import Recipe
+from ddnn.full_net_first import taught_by
+from ddnn.recipe import Recipe, changed
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,6 @@ class Job:
     recipe: Recipe
     needs: str | None = None
     """The job that has to be finished before."""
-
-
-def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    """The recipe with some fields of some sections changed."""
-    parts = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
-    return recipe.model_copy(update=parts)
 
 
 Trainings = list[tuple[str, Recipe, str | None]]
@@ -57,8 +52,7 @@ def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, trained = _full_net(nets, seed)
-    network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
-    return [("", changed(recipe, network=network, objective={"teacher": trained, "ramp": (0.0, 0.0)}), needed)]
+    return [("", taught_by(recipe, trained), needed)]
 
 
 METHODS: dict[str, Method] = {
