@@ -119,7 +119,9 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
     if done:
         first, summary = next(iter(done.items()))
         about = _about(folder, first)
-        content |= {"machine": about["machine"]["device"], "versions": about["versions"], "commit": about["commit"]}
+        content |= {"machine": about["machine"]["device"], "versions": about["versions"]}
+        commits = dict.fromkeys(_about(folder, name)["commit"] for name in done)
+        content["commit"] = ", ".join(commit for commit in commits if commit) or None
         content["test_images"] = summary["dataset"]["test_images"]
     write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
     return content

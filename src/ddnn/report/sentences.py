@@ -180,6 +180,11 @@ def notes(summary: Summary) -> list[str]:
         "Costs are those of all trainings that give all nets, a separate teacher's included: wall-clock time is their "
         "sum, peak memory that of the largest. Bold: the highest mean of a net, proven or not."
     )
+    if comparison.commit and (count := len(comparison.commit.split(", "))) > 1:
+        found.append(
+            f"The trainings were made by {count} versions of the code, given below. MACs don't depend on that; times and "
+            "peak memory may, and on what else the machine did."
+        )
     return found
 
 
