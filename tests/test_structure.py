@@ -42,6 +42,7 @@ ORDER = [
     "optimizer",
     "state",
     "checkpoint",
+    "full_net_first",
     "trained",
     "export",
     "trainer",

@@ -182,8 +182,8 @@ def notes(summary: Summary) -> list[str]:
     )
     if comparison.commit and (count := len(comparison.commit.split(", "))) > 1:
         found.append(
-            f"The trainings were made by {count} versions of the code, given below. MACs don't depend on that; times and "
-            "peak memory may, and on what else the machine did."
+            f"The trainings were made by {count} versions of the code, given below. MACs don't depend on that; times "
+            "and peak memory may, and on what else the machine did."
         )
     return found
 
