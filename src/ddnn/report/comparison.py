@@ -22,7 +22,7 @@ LABELS = {
     "kl": "KL only",
     "attention": "attention only",
     "two-model-kd": "two-model KD",
-    "ekd-pretrained": "DDNN-EKD from a trained full-net",
+    "ekd-pretrained": "DDNN-EKD full-net-first",
     "adaptive-depth": "adaptive-depth objective",
 }
 """The methods every comparison may have, in the order to show them, and what people call them."""

@@ -89,9 +89,9 @@ class Summary:
         return next((cost for cost in self.costs if cost.method == method), None)
 
     def best(self, net: str) -> Row | None:
-        """The row of the highest mean with this net; None where nothing is finished."""
+        """The row of the highest mean of those with the most seeds of this net; None where nothing is finished."""
         rows = [row for row in self.rows if row.net == net and row.mean is not None]
-        return max(rows, key=lambda row: row.mean or 0.0, default=None)
+        return max(rows, key=lambda row: (row.n, row.mean or 0.0), default=None)
 
 
 def summarise(comparison: Mapping[str, Any]) -> Summary:
