@@ -19,7 +19,7 @@ from ddnn.build import build
 from ddnn.checkpoint import RunFolder, write_atomic
 from ddnn.display import Display, make_console
 from ddnn.errors import RunError
-from ddnn.recipe import Recipe
+from ddnn.recipe import Recipe, changed
 from ddnn.trainer import train
 
 
@@ -36,16 +36,21 @@ def run(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
 def compare(recipe: Recipe, epochs: int, lr: float, out: Path, *, teacher: bool = True) -> dict[str, Any]:
     """Train everything, and what came of it."""
     if recipe.data.validation == 0:
-        recipe = _with(recipe, "data", validation=0.1)
+        recipe = changed(recipe, data={"validation": 0.1})
     *subnets, full = build(recipe.network.unweighted(), num_classes=2).depths
     alone = {
-        name: run(out / f"alone-{name}", _with(recipe, "network", alone=name))[-1]["validation"][name]["top1"]
+        name: run(out / f"alone-{name}", changed(recipe, network={"alone": name}))[-1]["validation"][name]["top1"]
         for name in [*subnets, full]
     }
     trained = (out / f"alone-{full}").resolve()
-    nested = _with(_with(recipe, "network", weights=trained), "optim", lr=lr)
-    nested = _with(nested, "objective", teacher=trained if teacher else None)
-    curve = run(out / "nested", _with(nested, "train", epochs=epochs))
+    nested = changed(
+        recipe,
+        network={"weights": trained},
+        objective={"teacher": trained if teacher else None},
+        optim={"lr": lr},
+        train={"epochs": epochs},
+    )
+    curve = run(out / "nested", nested)
     accuracy = {name: [epoch["validation"][name]["top1"] for epoch in curve] for name in alone}
     return {
         "epochs_alone": recipe.train.epochs,
@@ -74,10 +79,6 @@ def table(result: dict[str, Any]) -> str:
         full = " (full-net, trained before)" if i == len(result["nets"]) - 1 else ""
         lines.append(f"| {name}{full} | {100 * net['alone']:.2f} | {nested} | {reached} |")
     return "\n".join(["validation top-1 %", "", *lines])
-
-
-def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=changes)})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,8 +18,8 @@ def taught_by(recipe: Recipe, trained: Path) -> Recipe:
     learns from labels, by the KL term and by the attention term in every iteration. But the teacher is finished: it
     teaches from the first step on (no `ramp`), and its forward comes on top.
     """
-    network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
-    return changed(recipe, network=network, objective={"teacher": trained, "ramp": (0.0, 0.0)})
+    fresh = recipe.model_copy(update={"network": recipe.network.unweighted()})
+    return changed(fresh, network={"weights": trained}, objective={"teacher": trained, "ramp": (0.0, 0.0)})
 
 
 def full_net_first(recipe: Recipe) -> tuple[Recipe, Recipe]:

@@ -70,6 +70,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
     """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null."""
     summaries = {job.name: summary_of(folder, job) for job in jobs}
     done = {name: summary for name, summary in summaries.items() if summary}
+    about = {name: _about(folder, name) for name in done}
     seeds = sorted({job.seed for job in jobs})
     content: dict[str, Any] = {
         "dataset": recipe.data.source,
@@ -103,7 +104,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
                 seconds.append(sum(done[name]["train_seconds"] for name in all_jobs))
                 cpu_seconds.append(sum(done[name]["cpu_seconds"] for name in all_jobs))
                 memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
-                data = _about(folder, next(iter(all_jobs)))["data"]
+                data = about[next(iter(all_jobs))]["data"]
                 size, classes = data["image_size"], len(data["classes"])
                 steps.append(
                     recipe.train.batch_size * sum(_cost(job.recipe, size, classes) for job in all_jobs.values())
@@ -118,9 +119,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         }
     if done:
         first, summary = next(iter(done.items()))
-        about = _about(folder, first)
-        content |= {"machine": about["machine"]["device"], "versions": about["versions"]}
-        commits = dict.fromkeys(_about(folder, name)["commit"] for name in done)
+        content |= {"machine": about[first]["machine"]["device"], "versions": about[first]["versions"]}
+        commits = dict.fromkeys(run["commit"] for run in about.values())
         content["commit"] = ", ".join(commit for commit in commits if commit) or None
         content["test_images"] = summary["dataset"]["test_images"]
     write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())

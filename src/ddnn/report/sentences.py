@@ -102,11 +102,11 @@ TOLERATED = 0.002
 
 def claim(summary: Summary) -> str | None:
     """Of which methods all that DDNN-EKD promises is shown; None before a method has two seeds of every net."""
-    judged = [method for method in summary.methods if _differences(summary, method)]
+    judged = {method: found for method in summary.methods if (found := _differences(summary, method))}
     if not judged:
         return None
     promise = "every sub-net above alone, the full-net not below it"
-    if held := [_with_price(summary, method) for method in judged if _holds(_differences(summary, method))]:
+    if held := [_with_price(summary, method) for method, found in judged.items() if _holds(found)]:
         return f"The claim ({promise}) is shown for {_list(held)}."
     return f"The claim ({promise}) is shown for no method here."
 
