@@ -1,4 +1,4 @@
-"""The full-net trained alone first, then all nets from it: two commands in one, and one folder to go on with."""
+"""The full-net by itself first, then its sub-nets beside it: two commands in one, and one folder to go on with."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,16 @@ from safetensors.torch import load_file
 
 from conftest import TINY
 from ddnn import recipe as recipes
-from ddnn.checkpoint import FULL_NET, RunFolder
-from ddnn.errors import RecipeError
-from ddnn.full_net_first import full_net_first, trainings
+from ddnn.checkpoint import RunFolder
+from ddnn.errors import RecipeError, RunError
+from ddnn.full_net_first import phases, trainings
+from ddnn.recipe import FULL_NET
+from ddnn.trainer import Silent, train
 
 Call = Callable[..., tuple[int, str, str]]
 RAMPED = (*TINY, "objective.ramp=[0.5,1.0]")
+FIRST = ("train.epochs=2", "train.nested_epochs=1")
+OWN_TEACHER = f"objective.teacher={FULL_NET}"
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -22,13 +26,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(tensor.equal(b[name]) for name, tensor in a.items())
 
 
-def test_it_is_the_two_commands_in_one(ddnn: Call, tmp_path: Path) -> None:
-    code, out, err = ddnn("train", *RAMPED, "--full-net-first", "--out", tmp_path / "one")
+@pytest.mark.parametrize("teacher", [(), (OWN_TEACHER,)], ids=["as it is", "as it was"])
+def test_it_is_the_two_commands_in_one(ddnn: Call, tmp_path: Path, teacher: tuple[str, ...]) -> None:
+    code, out, err = ddnn("train", *RAMPED, *FIRST, *teacher, "--out", tmp_path / "one")
     assert code == 0, err
     assert out.index("one/full-net") < out.index("resnet8")
     full, nested = tmp_path / "full", tmp_path / "nested"
-    assert ddnn("train", *RAMPED, "network.alone=resnet20", "--out", full)[0] == 0
-    begun = (f"network.weights={full}", f"objective.teacher={full}", "objective.ramp=[0,0]")
+    assert ddnn("train", *RAMPED, "train.epochs=2", "network.alone=resnet20", "--out", full)[0] == 0
+    begun = ["train.epochs=1", f"network.weights={full}", *([f"objective.teacher={full}"] if teacher else [])]
     assert ddnn("train", *TINY, *begun, "--out", nested)[0] == 0
     assert_same_weights(tmp_path / "one" / FULL_NET, full)
     assert_same_weights(tmp_path / "one", nested)
@@ -37,25 +42,30 @@ def test_it_is_the_two_commands_in_one(ddnn: Call, tmp_path: Path) -> None:
 
 
 def test_it_goes_on_wherever_it_was(ddnn: Call, tmp_path: Path) -> None:
-    alone, nested = full_net_first(recipes.load("digits", list(TINY)))
-    run = RunFolder.create(tmp_path / "run", nested)
-    part = RunFolder.create(run.path / FULL_NET, alone)
+    both = phases(recipes.load("digits", [*TINY, *FIRST, OWN_TEACHER]))
+    assert both is not None
+    run = RunFolder.create(tmp_path / "run", both[1])
+    part = RunFolder.create(run.path / FULL_NET, both[0])
     assert part.whole == run.whole == run.path
     assert [each.path for each in trainings(run)] == [part.path, run.path]
     assert ddnn("train", "--resume", run.path)[0] == 0
     for each in (part, run):
         assert each.read_json("summary.json") is not None
     assert list(part.read_json("summary.json")["subnets"]) == ["resnet20"]  # type: ignore[index]
+    assert [len(each.metrics()) for each in (part, run)] == [2, 1]
     assert set(run.metrics()[0]["terms"]) == {f"resnet{n}/{t}" for n in (8, 14, 20) for t in ("ce", "kl", "attention")}
 
 
-@pytest.mark.parametrize("given", ["network.alone=resnet8", "network.weights=some.pt", "objective.teacher=runs/full"])
-def test_another_beginning_is_refused(given: str) -> None:
-    with pytest.raises(RecipeError, match=r"and a full-net that is trained first exclude each other"):
-        full_net_first(recipes.load("digits", [given]))
+def test_without_it_all_nets_begin_together() -> None:
+    assert phases(recipes.load("digits")) is None
 
 
-def test_it_is_no_way_to_go_on(ddnn: Call, tmp_path: Path) -> None:
-    code, _, err = ddnn("train", "--resume", tmp_path, "--full-net-first")
-    assert code == 2
-    assert "--full-net-first" in err
+def test_a_warm_up_must_fit_into_both() -> None:
+    with pytest.raises(RecipeError, match=r"warmup_epochs=3 must be below train\.nested_epochs=3"):
+        recipes.load("digits", ["schedule.warmup_epochs=3", "train.nested_epochs=3"])
+
+
+def test_one_training_is_not_two(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", recipes.load("digits", [*TINY, *FIRST]))
+    with pytest.raises(RunError, match=r"train\.nested_epochs, which is two trainings"):
+        train(run, Silent())

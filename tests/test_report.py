@@ -151,7 +151,7 @@ def test_verdicts_above_below_and_no_difference() -> None:
     )
     assert price(summary) == (
         f"Price: DDNN-EKD took 0.72{TIMES} the wall-clock time, 0.72{TIMES} the processor time, "
-        f"0.72{TIMES} the MACs per step and 0.72{TIMES} the peak memory of training every depth alone."
+        f"0.72{TIMES} the MACs and 0.72{TIMES} the peak memory of training every depth alone."
     )
 
 
@@ -325,7 +325,7 @@ def test_difference_figure_shows_intervals(whole: dict[str, Any]) -> None:
 def test_cost_figure_is_relative_to_alone(whole: dict[str, Any]) -> None:
     figure = cost(summarise(whole))
     assert figure is not None
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["processor time", "MACs per step", "peak memory"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["processor time", "MACs", "peak memory"]
     for axes in figure.axes:
         assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.72, 1.0, 0.7])
         assert [text.get_text() for text in axes.texts] == [f"{r}{TIMES}" for r in ("0.72", "1.00", "0.70")]
@@ -381,6 +381,19 @@ def test_curves_are_the_mean_over_finished_seeds(tmp_path: Path) -> None:
     assert found.train["alone", "big"] == pytest.approx([0.105, 0.205, 0.305])
     assert found.unreadable == ["alone-big-seed2"]
     assert any("alone-big-seed2" in sentence for sentence in missing(summarise(content), found))
+
+
+def test_curves_begin_with_the_full_net_that_was_first(tmp_path: Path) -> None:
+    content = comparison({"ekd": method(small=[0.5], big=[0.6]), "alone": method(small=[0.4], big=[0.6])}, seeds=[0])
+    folder = folder_of(tmp_path / "fair", content, epochs=2)
+    started = recipe.changed(recipe.load("digits"), network={"weights": Path("../alone-big-seed0")})
+    (folder / "runs" / "ekd-seed0" / "recipe.toml").write_text(started.to_toml())
+    found = read_curves(folder, parse(content))
+    assert found.train["ekd", "big"] == pytest.approx([0.1, 0.2, 0.1, 0.2])
+    assert found.train["ekd", "small"] == pytest.approx([math.nan, math.nan, 0.1, 0.2], nan_ok=True)
+    figure = learning(summarise(content), found.train, "training")
+    assert figure is not None
+    assert all(map(math.isfinite, figure.axes[0].get_ylim()))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -33,9 +33,8 @@ from ddnn import recipe as recipes
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.network import DDNN
-from ddnn.recipe import Recipe
+from ddnn.recipe import FULL_NET, Recipe
 
-FULL_NET = "full-net"
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
 log = logging.getLogger("ddnn")

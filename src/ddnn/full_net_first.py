@@ -1,41 +1,45 @@
-"""Two trainings in one run folder: the full-net alone, then all nets, which start from it and are taught by it.
+"""The full-net first: trained by itself, and only then joined by its sub-nets, which start from its weights.
 
-The paper's full-net learns beside its sub-nets and has little to teach them at first. This goes beyond the paper.
+Two trainings, in one run folder or in a comparison. A full-net that learns beside its sub-nets has little to teach them
+at first, and pays for what they need of the shared weights; the paper does not say how its training begins.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ddnn.build import full_name
-from ddnn.checkpoint import FULL_NET, RunFolder
-from ddnn.errors import RecipeError
-from ddnn.recipe import Recipe, changed
+from ddnn.checkpoint import RunFolder
+from ddnn.recipe import FULL_NET, Recipe, changed
 
 
-def taught_by(recipe: Recipe, trained: Path) -> Recipe:
-    """The recipe for nets that start from a trained full-net and are taught by it as it was, the full-net too.
+def alone(recipe: Recipe, net: str) -> Recipe:
+    """The recipe of one net by itself, for `epochs`: its objective is cross-entropy."""
+    return changed(recipe, network={"alone": net}, objective={"teacher": None}, train={"nested_epochs": None})
 
-    `trained` is the folder of its run, absolute or as seen from the new run's. As in any training by EKD, each net
-    learns from labels, by the KL term and by the attention term in every iteration. But the teacher is finished: it
-    teaches from the first step on (no `ramp`), and its forward comes on top.
+
+def nested(recipe: Recipe, trained: Path) -> Recipe:
+    """The recipe of all nets from a trained full-net on, for `nested_epochs`.
+
+    `trained` is the folder of its run, absolute or as seen from the new run's. The full-net knows enough to teach from
+    the first step on, so there is no `ramp`. With `objective.teacher` set to `full-net` it is the full-net as it was
+    that teaches, all nets, at the price of its forward.
     """
-    fresh = recipe.model_copy(update={"network": recipe.network.unweighted()})
-    return changed(fresh, network={"weights": trained}, objective={"teacher": trained, "ramp": (0.0, 0.0)})
+    network: dict[str, Any] = {"weights": trained, "pretrained": False, "fresh_classifier": False}
+    objective: dict[str, Any] = {"ramp": (0.0, 0.0)}
+    if recipe.objective.teacher == Path(FULL_NET):
+        objective["teacher"] = trained
+    epochs = recipe.train.nested_epochs or recipe.train.epochs
+    return changed(recipe, network=network, objective=objective, train={"epochs": epochs, "nested_epochs": None})
 
 
-def full_net_first(recipe: Recipe) -> tuple[Recipe, Recipe]:
-    """The recipes of the full-net alone and of all nets after it; `RecipeError` where the recipe says otherwise."""
-    for key, given in (
-        ("network.alone", recipe.network.alone),
-        ("network.weights", recipe.network.weights),
-        ("objective.teacher", recipe.objective.teacher),
-    ):
-        if given is not None:
-            raise RecipeError(f"{key}={given} and a full-net that is trained first exclude each other")
-    alone = changed(recipe, network={"alone": full_name(recipe.network.name)})
-    return alone, taught_by(recipe, Path(FULL_NET))
+def phases(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
+    """The recipes of the full-net by itself and of all nets after it; None where all nets begin together."""
+    if recipe.train.nested_epochs is None:
+        return None
+    return alone(recipe, full_name(recipe.network.name)), nested(recipe, Path(FULL_NET))
 
 
 def trainings(run: RunFolder) -> list[RunFolder]:
-    """The run in this folder and, before it, the one of its full-net alone where that is trained first."""
+    """The run in this folder and, before it, the one of its full-net by itself where that is trained first."""
     first = run.recipe.network.weights == Path(FULL_NET)
     return [RunFolder.open(run.path / FULL_NET), run] if first else [run]

@@ -24,6 +24,9 @@ Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
 Option = Scalar | list[Scalar]
 
+FULL_NET = "full-net"
+"""Of a run folder, the folder inside with the run of its full-net by itself; as `objective.teacher`, what is there."""
+
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and an unknown key is an error."""
@@ -155,9 +158,11 @@ class Objective(Section):
     labels: Literal["all", "full-net"] = "all"
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
     ramp: tuple[Share, Share] = (0.0, 0.0)
-    """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between."""
+    """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between. Not
+    after `train.nested_epochs`' full-net, which knows enough to teach at once."""
     teacher: Path | None = None
-    """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
+    """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD).
+    With `train.nested_epochs`, `full-net` is the full-net as it was before its sub-nets joined."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
 
@@ -213,6 +218,9 @@ class Train(Section):
     """The loop."""
 
     epochs: Count = 12
+    nested_epochs: Count | None = None
+    """Train the full-net by itself first, for `epochs`; its sub-nets then join it for so many more. If not given, all
+    nets begin together."""
     batch_size: Count = 128
     """Images per optimiser step."""
     accumulate: Count = 1
@@ -274,10 +282,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.schedule.warmup_epochs >= self.train.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be below train.epochs={self.train.epochs}"
-            )
+        for key in ("epochs", "nested_epochs"):
+            epochs = getattr(self.train, key)
+            if epochs is not None and self.schedule.warmup_epochs >= epochs:
+                raise ValueError(
+                    f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be below train.{key}={epochs}"
+                )
         return self
 
     def to_toml(self) -> str:
@@ -335,7 +345,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
         changes["data"] = {"source": str(source.resolve())}
     if recipe.network.weights is not None:
         changes["network"] = {"weights": _place(recipe.network.weights, folder)}
-    if recipe.objective.teacher is not None:
+    own = recipe.train.nested_epochs is not None and recipe.objective.teacher == Path(FULL_NET)
+    if recipe.objective.teacher is not None and not own:
         changes["objective"] = {"teacher": _place(recipe.objective.teacher, folder)}
     return changed(recipe, **changes)
 

@@ -91,6 +91,10 @@ def _train(
     run: RunFolder, progress: Progress, device: torch.device, processes: Processes, notice: Notice
 ) -> dict[str, Any]:
     recipe = run.recipe
+    if recipe.train.nested_epochs is not None:
+        raise RunError(
+            f"the recipe of {run.path} has train.nested_epochs, which is two trainings: `ddnn train RECIPE` does both"
+        )
     processes.check_same("the recipe", run.recipe_digest())
     summary: dict[str, Any] | None = processes.from_first(run.read_json("summary.json") if processes.first else None)
     if summary:

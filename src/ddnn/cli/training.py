@@ -32,14 +32,6 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder; takes no recipe.")
     ] = None,
-    full_net_first: Annotated[
-        bool,
-        typer.Option(
-            "--full-net-first",
-            help="Train the full-net alone first, in RUN/full-net, for the recipe's epochs; all nets then start from "
-            "it and are taught by it as it was, itself too.",
-        ),
-    ] = False,
 ) -> None:
     """Train a DDNN and all its sub-nets, and end with a table of them.
 
@@ -51,18 +43,18 @@ def train(
 
       ddnn train --resume runs/first
 
-    Where the full-net must not lose anything (about half as long again as training every depth alone):
+    The full-net by itself first, for the recipe's epochs, in RUN/full-net; its sub-nets join it for 15 more:
 
-      ddnn train cifar100-resnet8-14-20 --full-net-first --out runs/careful
+      ddnn train folder data.source=photos/ train.nested_epochs=15
 
     With several processes, on one host or many (--out is needed; the same command again goes on where it was):
 
       torchrun --nproc-per-node 2 -m ddnn train cifar100-resnet8-14-20 --out runs/first
     """
     named, changes = _split(recipe_and_overrides, overrides)
-    if resume is not None and (named or changes or out is not None or full_net_first):
+    if resume is not None and (named or changes or out is not None):
         raise typer.BadParameter(
-            "--resume goes on with the recipe in the run folder; give no recipe, KEY=VALUE, --out or --full-net-first"
+            "--resume goes on with the recipe in the run folder; give no recipe, KEY=VALUE or --out"
         )
     from ddnn import launch as processes
     from ddnn import recipe as recipes
@@ -75,7 +67,7 @@ def train(
 
     from ddnn import full_net_first as two_trainings
     from ddnn.build import check
-    from ddnn.checkpoint import FULL_NET, RunFolder
+    from ddnn.checkpoint import RunFolder
     from ddnn.display import Display, make_console, subnet_table
     from ddnn.trainer import Silent
     from ddnn.trainer import train as train_run
@@ -89,10 +81,10 @@ def train(
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
         make = create if first else RunFolder  # which the first process makes, perhaps on another host
-        if full_net_first:
-            alone, nested = two_trainings.full_net_first(chosen)
+        if phases := two_trainings.phases(chosen):
+            alone, nested = phases
             run = make(folder, nested)
-            runs = [make(folder / FULL_NET, alone), run]
+            runs = [make(folder / recipes.FULL_NET, alone), run]
         else:
             runs = [make(folder, chosen)]
     run = runs[-1]

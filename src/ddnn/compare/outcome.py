@@ -10,7 +10,7 @@ from typing import Any
 
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
-from ddnn.compare.plan import Job
+from ddnn.compare.plan import METHODS, Job
 from ddnn.evaluate import macs
 from ddnn.files import write_atomic
 from ddnn.recipe import Network, Recipe
@@ -67,7 +67,10 @@ def _cost(recipe: Recipe, size: int | None = None, classes: int = 10) -> int:
 
 
 def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:
-    """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null."""
+    """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null.
+
+    `macs_per_step` is a method's MACs in all, divided by the steps that `epochs` of the recipe take.
+    """
     summaries = {job.name: summary_of(folder, job) for job in jobs}
     done = {name: summary for name, summary in summaries.items() if summary}
     about = {name: _about(folder, name) for name in done}
@@ -88,7 +91,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         if rows:
             kept = {key: rows[0][key] for key in ("depths", "params", "macs")}
             content["nets"][net] = {**kept, "latency_ms": statistics.median(row["latency_ms"] for row in rows)}
-    for method in dict.fromkeys(job.method for job in jobs):
+    for method in sorted({job.method for job in jobs}, key=list(METHODS).index):
         mine = {seed: [job for job in jobs if job.method == method and job.seed == seed] for seed in seeds}
         top1: dict[str, list[float | None]] = {net: [] for net in order}
         seconds, cpu_seconds, memory, steps = [], [], [], []
@@ -106,9 +109,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
                 memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
                 data = about[next(iter(all_jobs))]["data"]
                 size, classes = data["image_size"], len(data["classes"])
-                steps.append(
-                    recipe.train.batch_size * sum(_cost(job.recipe, size, classes) for job in all_jobs.values())
-                )
+                per_image = sum(job.recipe.train.epochs * _cost(job.recipe, size, classes) for job in all_jobs.values())
+                steps.append(recipe.train.batch_size * per_image / recipe.train.epochs)
         content["methods"][method] = {
             "subnets": top1,
             "seconds": statistics.mean(seconds) if seconds else None,

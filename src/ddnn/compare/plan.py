@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.errors import RecipeError
-from ddnn.full_net_first import taught_by
-from ddnn.recipe import Recipe, changed
+from ddnn.full_net_first import alone, nested
+from ddnn.recipe import FULL_NET, Recipe, changed
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,20 @@ Method = Callable[[Recipe, list[str], int], Trainings]
 
 
 def _joint(**objective: Any) -> Method:
-    """A method that is one training of the whole DDNN."""
-    return lambda recipe, nets, seed: [("", changed(recipe, objective=objective), None)]
+    """A method that is one training of the whole DDNN, after one of the full-net by itself where the recipe says so."""
+
+    def trainings(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
+        theirs = changed(recipe, objective=objective)
+        if recipe.train.nested_epochs is None:
+            return [("", theirs, None)]
+        needed, trained = _full_net(nets, seed)
+        return [("", nested(theirs, trained), needed)]
+
+    return trainings
 
 
 def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
-    return [(f"-{net}", changed(recipe, network={"alone": net}), None) for net in nets]
+    return [(f"-{net}", alone(recipe, net), None) for net in nets]
 
 
 def _full_net(nets: list[str], seed: int) -> tuple[str, Path]:
@@ -47,12 +55,13 @@ def _full_net(nets: list[str], seed: int) -> tuple[str, Path]:
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, teacher = _full_net(nets, seed)
     objective = {"teacher": teacher, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
-    return [(f"-{net}", changed(recipe, network={"alone": net}, objective=objective), needed) for net in nets]
+    return [(f"-{net}", changed(alone(recipe, net), objective=objective), needed) for net in nets]
 
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, trained = _full_net(nets, seed)
-    return [("", taught_by(recipe, trained), needed)]
+    whole = changed(recipe, objective={"teacher": Path(FULL_NET)}, train={"nested_epochs": recipe.train.epochs})
+    return [("", nested(whole, trained), needed)]
 
 
 METHODS: dict[str, Method] = {
@@ -68,32 +77,36 @@ METHODS: dict[str, Method] = {
 """What each method makes of the recipe.
 
 `ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
-`kl` and `attention` leave one of the two terms of distillation; `two-model-kd` trains every depth with the full-net
-of `alone` as its teacher, by the same terms from the beginning on, since that teacher is finished; `ekd-pretrained`
-goes beyond the paper: the full-net is trained alone first, then nested and trained on with its sub-nets, all of them
-taught by it as it was; `adaptive-depth` has the objective of adaptive-depth networks (NeurIPS 2024): the full-net
-learns from labels, sub-nets from its posteriors only, at temperature 1. There only the smallest sub-net is trained;
-here every sub-net is, since each has norms of its own.
+`kl` and `attention` leave one of the two terms of distillation; `adaptive-depth` has the objective of adaptive-depth
+networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its posteriors only, at temperature 1. There
+only the smallest sub-net is trained; here every sub-net is, since each has norms of its own. Where the recipe has
+`nested_epochs`, all of these but `alone` begin with the full-net of `alone`: the objective is all they differ by.
+
+`two-model-kd` trains every depth with the full-net of `alone` as its teacher, by the same terms from the beginning on,
+since that teacher is finished; `ekd-pretrained` goes beyond the paper: all nets begin with the full-net of `alone` and
+are taught by it as it was, itself too, for as many epochs as it was trained for.
 """
 
 
 def plan(recipe: Recipe, methods: Iterable[str], seeds: int, nets: list[str]) -> list[Job]:
     """All trainings, seed by seed, so that a comparison cut short has whole seeds; teachers before their students."""
-    jobs: dict[str, Job] = {}
+    jobs: list[Job] = []
     for seed in range(seeds):
         seeded = changed(recipe, train={"seed": recipe.train.seed + seed})
-        for method in _with_prerequisites(methods):
-            for ending, theirs, needs in METHODS[method](seeded, nets, seed):
-                name = f"{method}{ending}-seed{seed}"
-                jobs[name] = Job(name, method, seed, theirs, needs)
-    return list(jobs.values())
+        found = [
+            Job(f"{method}{ending}-seed{seed}", method, seed, theirs, needs)
+            for method in _with_prerequisites(recipe, methods, nets)
+            for ending, theirs, needs in METHODS[method](seeded, nets, seed)
+        ]
+        jobs += sorted(found, key=lambda job: job.needs is not None)
+    return jobs
 
 
-def _with_prerequisites(methods: Iterable[str]) -> list[str]:
+def _with_prerequisites(recipe: Recipe, methods: Iterable[str], nets: list[str]) -> list[str]:
     wanted = list(methods)
     unknown = [method for method in wanted if method not in METHODS]
     if unknown:
         raise RecipeError(f"no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
-    if {"two-model-kd", "ekd-pretrained"} & {*wanted} and "alone" not in wanted:
-        wanted.append("alone")  # where their teachers come from
+    if "alone" not in wanted and any(job[-1] for method in wanted for job in METHODS[method](recipe, nets, 0)):
+        wanted.append("alone")  # where their full-nets come from
     return [method for method in METHODS if method in wanted]

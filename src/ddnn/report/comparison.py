@@ -1,6 +1,7 @@
 """What `ddnn compare` leaves behind: `comparison.json`, and the epochs of its runs."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def read(folder: Path) -> Comparison:
 
 @dataclass(frozen=True)
 class Curves:
-    """Top-1 accuracy by epoch, mean over seeds, of each (method, net)."""
+    """Top-1 accuracy by epoch, mean over seeds, of each (method, net); NaN while a sub-net had not joined yet."""
 
     train: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     validation: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -141,8 +142,8 @@ def read_curves(folder: Path, comparison: Comparison) -> Curves:
         for net in comparison.net_names:
             # Seeds still in training would cut the mean short; they count only where none is finished.
             seeds = comparison.top1(name, net) or comparison.seeds
-            train = [[top1[net] for top1, _ in epochs[seed] if net in top1] for seed in seeds]
-            validation = [[scores[net]["top1"] for _, scores in epochs[seed] if net in scores] for seed in seeds]
+            train = [_of(net, [top1 for top1, _ in epochs[seed]]) for seed in seeds]
+            validation = [_of(net, [scores for _, scores in epochs[seed]]) for seed in seeds]
             if mean := _mean(train):
                 curves.train[name, net] = mean
             if mean := _mean(validation):
@@ -151,15 +152,39 @@ def read_curves(folder: Path, comparison: Comparison) -> Curves:
 
 
 def _epochs(folder: Path, runs: Iterable[str], curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Accuracies on training and on validation images of all epochs of one seed's runs."""
-    found = []
-    for run in runs:
+    """Accuracies on training and on validation images of all epochs of one seed's runs.
+
+    A run that starts from another's full-net has that one's epochs too.
+    """
+    found: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+    for name in runs:
         try:
-            epochs = RunFolder.open(folder / "runs" / run).metrics()
-            found += [(epoch.get("train_top1", {}), epoch.get("validation", {})) for epoch in epochs]
+            run = RunFolder.open(folder / "runs" / name)
+            epochs = run.metrics()
+            began = run.path / (run.recipe.network.weights or "")
+            if began != run.path and (began / "metrics.jsonl").is_file():
+                waiting = dict.fromkeys(epochs[0]["train_top1"] if epochs else (), math.nan)
+                epochs = [_before(epoch, waiting) for epoch in RunFolder.open(began).metrics()] + epochs
+            found += [
+                (epoch.get("train_top1", {}), {net: top["top1"] for net, top in epoch.get("validation", {}).items()})
+                for epoch in epochs
+            ]
         except (DDNNError, OSError):
-            curves.unreadable.append(run)
+            curves.unreadable.append(name)
     return found
+
+
+def _before(epoch: dict[str, Any], waiting: dict[str, float]) -> dict[str, Any]:
+    """An epoch of the full-net by itself, in which the other nets had no accuracy."""
+    found = {**epoch, "train_top1": {**waiting, **epoch["train_top1"]}}
+    if "validation" in epoch:
+        found["validation"] = {**{net: {"top1": nan} for net, nan in waiting.items()}, **epoch["validation"]}
+    return found
+
+
+def _of(net: str, epochs: Iterable[Mapping[str, float]]) -> list[float]:
+    """One net's accuracies, of the epochs of runs that train it."""
+    return [top1[net] for top1 in epochs if net in top1]
 
 
 def _mean(curves: list[list[float]]) -> list[float]:

@@ -94,7 +94,7 @@ def learning(
     methods = [m for m in summary.methods if any(found == m for found, _ in curves)]
     figure, panels = panels_of(nets, row_height=3.3, sharey=True, below=0.2 + 0.2 * math.ceil(len(methods) / 4))
     longest = max(len(curve) for curve in curves.values())
-    shown = [top1 for curve in curves.values() for top1 in curve[longest // 5 :]]
+    shown = [top1 for curve in curves.values() for top1 in curve[longest // 5 :] if not math.isnan(top1)]
     for net, axes in panels.items():
         for place, method in enumerate(methods):
             curve = curves.get((method, net), ())

@@ -177,8 +177,9 @@ def notes(summary: Summary) -> list[str]:
             f"{percent(error)} points (standard error)."
         )
     found.append(
-        "Costs are those of all trainings that give all nets, a separate teacher's included: wall-clock time is their "
-        "sum, peak memory that of the largest. Bold: the highest mean of a net, proven or not."
+        "Costs are those of all trainings that give all nets, a full-net's that is trained before them included: "
+        "wall-clock time is their sum, MACs are their sum divided by the steps of one training alone, peak memory "
+        "is that of the largest. Bold: the highest mean of a net, proven or not."
     )
     if comparison.commit and (count := len(comparison.commit.split(", "))) > 1:
         found.append(

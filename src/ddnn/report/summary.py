@@ -61,7 +61,7 @@ class Cost:
 COSTS = {
     "seconds": "wall-clock time",
     "cpu_seconds": "processor time",
-    "macs_per_step": "MACs per step",
+    "macs_per_step": "MACs",
     "peak_memory_mb": "peak memory",
 }
 """What a method costs, and what people call it. Processor time is what wall-clock time would be, times the threads, if
