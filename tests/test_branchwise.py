@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from ddnn import branchwise
 from ddnn.branchwise import branchwise_backward
 from ddnn.families import build
 from ddnn.families.cifar_resnet import resnet
@@ -95,3 +96,36 @@ def test_it_holds_one_path_at_a_time() -> None:
     alone = peak({}, lean=False)
     assert peak(table, lean=True) < 1.15 * alone
     assert peak(table, lean=False) > 1.5 * alone
+
+
+def test_under_autocast_no_copy_of_a_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing changes by that: with one net, whose sums have one order only, all is bitwise the plain step."""
+    kept: list[torch.Tensor] = []
+    real = branchwise._pack
+
+    def pack(saved: torch.Tensor) -> object:
+        packed = real(saved)
+        if isinstance(packed, torch.Tensor):
+            kept.append(packed)
+        return packed
+
+    lean = nest(resnet(20, num_classes=10, width=4), {}).to(memory_format=torch.channels_last).train()
+    plain = copy.deepcopy(lean)
+    x, target = torch.randn(6, 3, 16, 16), torch.arange(6)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with autocast():
+        outputs = plain(x)
+    terms = EKD()(outputs, target)
+    sum(terms.values()).backward()
+    monkeypatch.setattr(branchwise, "_pack", pack)
+    found, logits = branchwise_backward(lean, EKD(), x, target, autocast=autocast)
+    assert torch.equal(logits["full"], outputs["full"].logits)
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in terms.items()}
+    for (name, p), (_, q) in zip(lean.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
+    shapes = {p.shape for p in lean.parameters() if p.ndim == 4}
+    assert kept
+    assert not [t for t in kept if t.dtype == torch.bfloat16 and t.shape in shapes]

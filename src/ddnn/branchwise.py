@@ -6,12 +6,15 @@ forward and backward by itself, as long as what it has in common with others is 
 with the sum of their gradients. The full-net's branch goes first, because its output teaches the rest. What is held at
 any moment is one path from the stem to a head, which is about what the full-net alone would hold.
 
+Under autocast what a convolution keeps for its backward includes its weights in 16 bits, which is half as much again as
+the weights themselves: here they are made again when they are needed.
+
 The result is the same sum of the same gradients, added up in another order. Under the norm policy `shared`, whose
 running statistics depend on the order in which paths pass, these differ too.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +60,36 @@ def _terms_order(net: DDNN, teacher: Output | None) -> list[str]:
     return [full, *subnets] if teacher is None else [*subnets, full]
 
 
+@contextmanager
+def _weights_kept_once(device: torch.device) -> Iterator[None]:
+    """Within an autocast, keep no parameter's copy of another type; backward makes it again, bit for bit."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
+    """The parameter of which this is a copy, and the copy's type; anything else as it is."""
+    node = saved.grad_fn
+    if node is not None and node.name() == "ToCopyBackward0":
+        [(origin, _)] = node.next_functions
+        parameter = getattr(origin, "variable", None)  # of the node that adds up a leaf's gradient
+        if parameter is not None and parameter.device == saved.device:
+            return parameter, saved.dtype
+    return saved
+
+
+def _unpack(packed: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed[0].detach().to(packed[1])
+
+
 @dataclass
 class _Walk:
     """One walk over the tree, depth first."""
@@ -78,7 +111,7 @@ class _Walk:
         in are in the `.grad` of `feature` and `features`, where these are leaves that want one.
         """
         passed: dict[str, tuple[Tensor, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
-        with self.autocast():
+        with self.autocast(), _weights_kept_once(feature.device):
             if i == 0:
                 feature = self.net.stem(feature)
             while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
@@ -108,7 +141,7 @@ class _Walk:
 
     def whole(self, name: str, x: Tensor) -> None:
         """Forward and backward of one net that has nothing in common with others."""
-        with self.autocast():
+        with self.autocast(), _weights_kept_once(x.device):
             output = self.net.run_whole(name, x)
         self._backward(name, output)
 
