@@ -118,14 +118,16 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
 
 
 def test_after_a_full_net_that_was_first_the_methods_differ_in_their_objectives_only() -> None:
-    recipe = tiny_recipe("train.epochs=5", "train.nested_epochs=2", "objective.ramp=[0.2,0.6]")
+    later = ("train.nested_epochs=2", "optim.nested_lr=0.03")
+    recipe = tiny_recipe("train.epochs=5", *later, "objective.ramp=[0.2,0.6]")
     jobs = {job.name.removesuffix("-seed0"): job for job in plan(recipe, METHODS, 1, NETS)}
     together = {"ekd", "joint", "kl", "attention", "adaptive-depth"}
     base = jobs["ekd"].recipe
     assert (base.network.weights, base.objective.ramp) == (Path("../alone-resnet20-seed0"), (0.0, 0.0))
     for name, job in jobs.items():
-        assert job.recipe.train.nested_epochs is None
-        assert job.recipe.train.epochs == (2 if name in together else 5), name
+        theirs = job.recipe
+        assert theirs.train.nested_epochs is theirs.optim.nested_lr is None
+        assert (theirs.train.epochs, theirs.optim.lr) == ((2, 0.03) if name in together else (5, recipe.optim.lr)), name
         assert job.needs == (None if name.startswith("alone") else "alone-resnet20-seed0")
     for name in together:
         assert jobs[name].recipe.model_copy(update={"objective": None}) == base.model_copy(update={"objective": None})

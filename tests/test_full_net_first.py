@@ -16,7 +16,7 @@ from ddnn.trainer import Silent, train
 
 Call = Callable[..., tuple[int, str, str]]
 RAMPED = (*TINY, "objective.ramp=[0.5,1.0]")
-FIRST = ("train.epochs=2", "train.nested_epochs=1")
+FIRST = ("train.epochs=2", "train.nested_epochs=1", "optim.nested_lr=0.02")
 OWN_TEACHER = f"objective.teacher={FULL_NET}"
 
 
@@ -33,7 +33,12 @@ def test_it_is_the_two_commands_in_one(ddnn: Call, tmp_path: Path, teacher: tupl
     assert out.index("one/full-net") < out.index("resnet8")
     full, nested = tmp_path / "full", tmp_path / "nested"
     assert ddnn("train", *RAMPED, "train.epochs=2", "network.alone=resnet20", "--out", full)[0] == 0
-    begun = ["train.epochs=1", f"network.weights={full}", *([f"objective.teacher={full}"] if teacher else [])]
+    begun = [
+        "train.epochs=1",
+        "optim.lr=0.02",
+        f"network.weights={full}",
+        *([f"objective.teacher={full}"] if teacher else []),
+    ]
     assert ddnn("train", *TINY, *begun, "--out", nested)[0] == 0
     assert_same_weights(tmp_path / "one" / FULL_NET, full)
     assert_same_weights(tmp_path / "one", nested)

@@ -14,7 +14,8 @@ from ddnn.recipe import FULL_NET, Recipe, changed
 
 def alone(recipe: Recipe, net: str) -> Recipe:
     """The recipe of one net by itself, for `epochs`: its objective is cross-entropy."""
-    return changed(recipe, network={"alone": net}, objective={"teacher": None}, train={"nested_epochs": None})
+    optim, train = {"nested_lr": None}, {"nested_epochs": None}
+    return changed(recipe, network={"alone": net}, objective={"teacher": None}, optim=optim, train=train)
 
 
 def nested(recipe: Recipe, trained: Path) -> Recipe:
@@ -28,8 +29,9 @@ def nested(recipe: Recipe, trained: Path) -> Recipe:
     objective: dict[str, Any] = {"ramp": (0.0, 0.0)}
     if recipe.objective.teacher == Path(FULL_NET):
         objective["teacher"] = trained
-    epochs = recipe.train.nested_epochs or recipe.train.epochs
-    return changed(recipe, network=network, objective=objective, train={"epochs": epochs, "nested_epochs": None})
+    optim = {"lr": recipe.optim.nested_lr or recipe.optim.lr, "nested_lr": None}
+    epochs = {"epochs": recipe.train.nested_epochs or recipe.train.epochs, "nested_epochs": None}
+    return changed(recipe, network=network, objective=objective, optim=optim, train=epochs)
 
 
 def phases(recipe: Recipe) -> tuple[Recipe, Recipe] | None:

@@ -183,6 +183,8 @@ class Optim(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.2
     """Peak learning rate."""
+    nested_lr: Positive | None = None
+    """Peak learning rate of the `train.nested_epochs`; `lr` if not given."""
     momentum: Fraction = 0.9
     """SGD only."""
     nesterov: bool = True

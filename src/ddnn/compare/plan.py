@@ -60,8 +60,9 @@ def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, trained = _full_net(nets, seed)
-    whole = changed(recipe, objective={"teacher": Path(FULL_NET)}, train={"nested_epochs": recipe.train.epochs})
-    return [("", nested(whole, trained), needed)]
+    train = {"nested_epochs": recipe.train.epochs}
+    theirs = changed(recipe, objective={"teacher": Path(FULL_NET)}, optim={"nested_lr": None}, train=train)
+    return [("", nested(theirs, trained), needed)]
 
 
 METHODS: dict[str, Method] = {
