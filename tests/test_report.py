@@ -165,7 +165,7 @@ def test_the_claim_is_shown_for_whoever_holds_it() -> None:
     assert claim(summarise(comparison(rows))) == f"{shown} no method here."
     content = comparison({**rows, "ekd-pretrained": good})
     assert claim(summarise(content)) == f"{shown} DDNN-EKD, frozen teacher (1.48{TIMES} the MACs)."
-    assert f"- {shown} DDNN-EKD full" in markdown(content)
+    assert f"- {shown} DDNN-EKD, frozen" in markdown(content)
     # a full-net whose interval reaches 0 only because seeds scatter does not keep its accuracy
     scattered = method(148.0, small=[0.52, 0.53, 0.541], big=[0.57, 0.62, 0.60])
     assert claim(summarise(comparison({"alone": alone, "ekd": scattered}))) == f"{shown} no method here."
