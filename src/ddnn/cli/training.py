@@ -45,7 +45,7 @@ def train(
 
     The full-net by itself first, for the recipe's epochs, in RUN/full-net; its sub-nets join it for 15 more:
 
-      ddnn train folder data.source=photos/ train.nested_epochs=15
+      ddnn train my.toml train.nested_epochs=15
 
     With several processes, on one host or many (--out is needed; the same command again goes on where it was):
 
