@@ -154,11 +154,14 @@ def compare(
 ) -> None:
     """Compare DDNN-EKD with its rivals: the same recipe, the same data order, several seeds.
 
-    Methods: ekd, alone (each depth by itself), joint (shared weights, cross-entropy only), kl and attention (one term
-    of the two), two-model-kd (each depth with a separately trained full-net as teacher), ekd-pretrained (all
-    nets start from the full-net of alone and are taught by it as it was), adaptive-depth (sub-nets learn from the
-    full-net's posteriors only). Where the recipe has train.nested_epochs, all methods with shared weights start from
-    the full-net of alone. The test set is used once per training, after its last epoch.
+    Methods: ekd, alone (each depth by itself), joint (shared weights,
+    cross-entropy only), kl and attention (one term of the two), two-model-kd
+    (each depth with a separately trained full-net as teacher), ekd-pretrained
+    (all nets start from the full-net of alone and are taught by it as it was),
+    adaptive-depth (sub-nets learn from the full-net's posteriors only). Where
+    the recipe has train.nested_epochs, all methods with shared weights start
+    from the full-net of alone. The test set is used once per training, after
+    its last epoch.
 
       ddnn compare cifar100-resnet8-14-20 --seeds 3 --out runs/fair
 
