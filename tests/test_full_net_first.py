@@ -47,10 +47,9 @@ def test_it_is_the_two_commands_in_one(ddnn: Call, tmp_path: Path, teacher: tupl
 
 
 def test_it_goes_on_wherever_it_was(ddnn: Call, tmp_path: Path) -> None:
-    both = phases(recipes.load("digits", [*TINY, *FIRST, OWN_TEACHER]))
-    assert both is not None
-    run = RunFolder.create(tmp_path / "run", both[1])
-    part = RunFolder.create(run.path / FULL_NET, both[0])
+    first, last = phases(recipes.load("digits", [*TINY, *FIRST, OWN_TEACHER]))
+    run = RunFolder.create(tmp_path / "run", last)
+    part = RunFolder.create(run.path / FULL_NET, first)
     assert part.whole == run.whole == run.path
     assert [each.path for each in trainings(run)] == [part.path, run.path]
     assert ddnn("train", "--resume", run.path)[0] == 0
@@ -62,7 +61,15 @@ def test_it_goes_on_wherever_it_was(ddnn: Call, tmp_path: Path) -> None:
 
 
 def test_without_it_all_nets_begin_together() -> None:
-    assert phases(recipes.load("digits")) is None
+    assert phases(recipes.load("digits")) == [recipes.load("digits")]
+
+
+@pytest.mark.parametrize(("given", "kept"), [((), ()), ((OWN_TEACHER,), ()), (("objective.teacher=x",),) * 2])
+def test_nothing_joins_a_net_alone(given: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    one = "network.alone=resnet8"
+    assert phases(recipes.load("digits", [one, *FIRST, *given])) == [
+        recipes.load("digits", [one, "train.epochs=2", *kept])
+    ]
 
 
 def test_a_warm_up_must_fit_into_both() -> None:

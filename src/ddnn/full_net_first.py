@@ -34,11 +34,18 @@ def nested(recipe: Recipe, trained: Path) -> Recipe:
     return changed(recipe, network=network, objective=objective, optim=optim, train=epochs)
 
 
-def phases(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
-    """The recipes of the full-net by itself and of all nets after it; None where all nets begin together."""
+def phases(recipe: Recipe) -> list[Recipe]:
+    """The recipes of the full-net by itself and of all nets after it, or the one of all nets that begin together.
+
+    With `network.alone` there is one too, as nothing joins that net.
+    """
     if recipe.train.nested_epochs is None:
-        return None
-    return alone(recipe, full_name(recipe.network.name)), nested(recipe, Path(FULL_NET))
+        return [recipe]
+    full = alone(recipe, recipe.network.alone or full_name(recipe.network.name))
+    if recipe.network.alone is None:
+        return [full, nested(recipe, Path(FULL_NET))]
+    teacher = recipe.objective.teacher
+    return [full if teacher == Path(FULL_NET) else changed(full, objective={"teacher": teacher})]
 
 
 def trainings(run: RunFolder) -> list[RunFolder]:

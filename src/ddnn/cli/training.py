@@ -81,12 +81,9 @@ def train(
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
         make = create if first else RunFolder  # which the first process makes, perhaps on another host
-        if phases := two_trainings.phases(chosen):
-            alone, nested = phases
-            run = make(folder, nested)
-            runs = [make(folder / recipes.FULL_NET, alone), run]
-        else:
-            runs = [make(folder, chosen)]
+        *before, last = two_trainings.phases(chosen)
+        run = make(folder, last)
+        runs = [*(make(folder / recipes.FULL_NET, each) for each in before), run]
     run = runs[-1]
     if not first:
         for each in runs:
