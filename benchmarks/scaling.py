@@ -17,7 +17,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,17 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def plain(net: DDNN, x: Tensor, target: Tensor) -> None:
-    with autocast():
+Forward = Callable[[], AbstractContextManager[object]]
+
+
+def plain(net: DDNN, x: Tensor, target: Tensor, forward: Forward = autocast) -> None:
+    with forward():
         outputs = net(x)
     torch.stack(list(EKD()(outputs, target).values())).sum().backward()
 
 
-def lean(net: DDNN, x: Tensor, target: Tensor) -> None:
-    branchwise_backward(net, EKD(), x, target, autocast=autocast)
+def lean(net: DDNN, x: Tensor, target: Tensor, forward: Forward = autocast) -> None:
+    branchwise_backward(net, EKD(), x, target, autocast=forward)
 
 
 def count(preset: str, alone: str | None = None, small: int = SMALL) -> Facts:
@@ -132,11 +136,17 @@ def count(preset: str, alone: str | None = None, small: int = SMALL) -> Facts:
         net.zero_grad()
         return torch.randn(images, 3, small, small), torch.arange(images)
 
-    def held(go: Callable[[DDNN, Tensor, Tensor], None], images: int) -> float:
+    def held(go: Callable[[DDNN, Tensor, Tensor, Forward], None], images: int) -> float:
         x, target = batch(images)
         found = Held(net)
+
+        @contextmanager
+        def forward() -> Iterator[None]:
+            with autocast(), found.hooks():  # within the step's own hooks, which would hide it
+                yield
+
         with found.hooks():
-            go(net, x, target)
+            go(net, x, target, forward)
         return found.peak
 
     def traffic(images: int) -> Traffic:

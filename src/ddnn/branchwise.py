@@ -39,7 +39,8 @@ def branchwise_backward(
 ) -> tuple[Terms, Logits]:
     """Add the gradients of `scale` x the objective to the parameters; return its terms and the logits, detached.
 
-    `autocast()` is entered around every piece of forward.
+    `autocast()` is entered around every piece of forward, and what else it enters: saved-tensor hooks belong there,
+    as they would not be seen from outside of this call.
     """
     names = list(reversed(net.depths))  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
@@ -61,11 +62,11 @@ def _terms_order(net: DDNN, teacher: Output | None) -> list[str]:
 
 
 @contextmanager
-def _weights_kept_once(device: torch.device) -> Iterator[None]:
-    """Within an autocast, keep no parameter's copy of another type; backward makes it again, bit for bit."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
+def _weights_kept_once() -> Iterator[None]:
+    """Keep no parameter's copy of another type, as autocast makes them; backward makes it again, bit for bit.
+
+    Entered before autocast, so that hooks of a caller's own go on seeing what is saved: the innermost ones count.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -111,7 +112,7 @@ class _Walk:
         in are in the `.grad` of `feature` and `features`, where these are leaves that want one.
         """
         passed: dict[str, tuple[Tensor, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
-        with self.autocast(), _weights_kept_once(feature.device):
+        with _weights_kept_once(), self.autocast():
             if i == 0:
                 feature = self.net.stem(feature)
             while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
@@ -141,7 +142,7 @@ class _Walk:
 
     def whole(self, name: str, x: Tensor) -> None:
         """Forward and backward of one net that has nothing in common with others."""
-        with self.autocast(), _weights_kept_once(x.device):
+        with _weights_kept_once(), self.autocast():
             output = self.net.run_whole(name, x)
         self._backward(name, output)
 
