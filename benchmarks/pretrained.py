@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ddnn import full_net_first
 from ddnn import recipe as recipes
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, write_atomic
+from ddnn.compare import plan
 from ddnn.display import Display, make_console
 from ddnn.errors import RunError
-from ddnn.recipe import FULL_NET, Recipe, changed
+from ddnn.recipe import Recipe, changed
 from ddnn.trainer import train
 
 
@@ -40,19 +40,19 @@ def compare(recipe: Recipe, epochs: int, lr: float, out: Path, *, teacher: bool 
         recipe = changed(recipe, data={"validation": 0.1})
     *subnets, full = build(recipe.network.unweighted(), num_classes=2).depths
     alone = {
-        name: run(out / f"alone-{name}", full_net_first.alone(recipe, name))[-1]["validation"][name]["top1"]
+        name: run(out / f"alone-{name}", plan.alone(recipe, name))[-1]["validation"][name]["top1"]
         for name in [*subnets, full]
     }
-    after = changed(
-        recipe,
-        objective={"teacher": Path(FULL_NET) if teacher else None},
-        optim={"nested_lr": lr},
-        train={"nested_epochs": epochs},
+    nested = changed(
+        plan.nested(recipe, (out / f"alone-{full}").resolve()),
+        objective={} if teacher else {"teacher": None},
+        optim={"lr": lr},
+        train={"epochs": epochs},
     )
-    curve = run(out / "nested", full_net_first.nested(after, (out / f"alone-{full}").resolve()))
+    curve = run(out / "nested", nested)
     accuracy = {name: [epoch["validation"][name]["top1"] for epoch in curve] for name in alone}
     return {
-        "epochs_alone": recipe.train.epochs,
+        "epochs_alone": recipe.train.alone_epochs or recipe.train.epochs,
         "epochs_nested": epochs,
         "nets": {
             name: {

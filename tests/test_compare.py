@@ -21,7 +21,7 @@ from ddnn.checkpoint import RunFolder
 from ddnn.compare import METHODS, Local, compare, engine, plan, seconds_left
 from ddnn.errors import RecipeError, RunError
 from ddnn.evaluate import macs
-from ddnn.recipe import Recipe, changed
+from ddnn.recipe import Recipe
 from ddnn.trained import load_trained
 from ddnn.trainer import train
 
@@ -117,30 +117,24 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
     }
 
 
-def test_after_a_full_net_that_was_first_the_methods_differ_in_their_objectives_only() -> None:
-    later = ("train.nested_epochs=2", "optim.nested_lr=0.03")
-    recipe = tiny_recipe("train.epochs=5", *later, "objective.ramp=[0.2,0.6]")
-    jobs = {job.name.removesuffix("-seed0"): job for job in plan(recipe, METHODS, 1, NETS)}
+def test_nets_alone_have_epochs_of_their_own() -> None:
+    recipe = tiny_recipe("train.epochs=5", "train.full_net_epochs=2", "train.alone_epochs=3")
+    jobs = {job.name.removesuffix("-seed0"): job.recipe for job in plan(recipe, METHODS, 1, NETS)}
     together = {"ekd", "joint", "kl", "attention", "adaptive-depth"}
-    base = jobs["ekd"].recipe
-    assert (base.network.weights, base.objective.ramp) == (Path("../alone-resnet20-seed0"), (0.0, 0.0))
-    for name, job in jobs.items():
-        theirs = job.recipe
-        assert theirs.train.nested_epochs is theirs.optim.nested_lr is None
-        assert (theirs.train.epochs, theirs.optim.lr) == ((2, 0.03) if name in together else (5, recipe.optim.lr)), name
-        assert job.needs == (None if name.startswith("alone") else "alone-resnet20-seed0")
+    for name, theirs in jobs.items():
+        train = theirs.train
+        assert (train.epochs, train.full_net_epochs) == ((5, 2) if name in together else (3, 0)), name
     for name in together:
-        assert jobs[name].recipe.model_copy(update={"objective": None}) == base.model_copy(update={"objective": None})
-    # the rest does not mind
-    plain = {job.name: job.recipe for job in plan(tiny_recipe("train.epochs=5"), METHODS, 1, NETS)}
-    for name in ("alone-resnet8", "two-model-kd-resnet14", "ekd-pretrained"):
-        ours = jobs[name].recipe
-        assert changed(ours, objective={"ramp": (0.0, 0.0)}) == plain[f"{name}-seed0"]
+        assert jobs[name].model_copy(update={"objective": None}) == recipe.model_copy(update={"objective": None})
+    # what does not have all nets with this recipe's schedule is as if there were no other epochs
+    plain = {job.name: job.recipe for job in plan(tiny_recipe("train.epochs=3"), METHODS, 1, NETS)}
+    for name in jobs.keys() - together:
+        assert jobs[name] == plain[f"{name}-seed0"]
 
 
 def test_teachers_come_before_their_students() -> None:
-    for method, first in (("two-model-kd", ()), ("ekd-pretrained", ()), ("ekd", ("train.nested_epochs=1",))):
-        jobs = plan(tiny_recipe(*first), [method], 1, NETS)
+    for method in ("two-model-kd", "ekd-pretrained"):
+        jobs = plan(tiny_recipe(), [method], 1, NETS)
         names = [job.name for job in jobs]
         assert names[:3] == [f"alone-{net}-seed0" for net in NETS]
         assert all(job.needs and names.index(job.needs) < names.index(job.name) for job in jobs[3:])
@@ -149,18 +143,16 @@ def test_teachers_come_before_their_students() -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_full_net_that_was_first_is_trained_once_and_counted(tmp_path: Path) -> None:
-    recipe = tiny_recipe("train.epochs=3", "train.nested_epochs=1")
-    content = json.loads(compare(tmp_path, recipe, ["ekd", "joint"], 1, Silent()).read_text())
+def test_the_epochs_of_the_full_net_cost_less(tmp_path: Path) -> None:
+    recipe = tiny_recipe("train.epochs=3", "train.full_net_epochs=2", "train.alone_epochs=2")
+    content = json.loads(compare(tmp_path, recipe, ["ekd", "alone"], 1, Silent()).read_text())
     assert content["complete"]
-    assert sorted(path.name for path in tmp_path.glob("runs/*")) == [
-        *(f"alone-{net}-seed0" for net in sorted(NETS)), "ekd-seed0", "joint-seed0"
-    ]  # fmt: skip
+    assert [content[key] for key in ("epochs", "full_net_epochs", "alone_epochs")] == [3, 2, 2]
     net, _ = load_trained(RunFolder.open(tmp_path / "runs" / "ekd-seed0"))
-    full, whole = macs(net.nets["resnet20"], 8), macs(net, 8)
-    for method in ("ekd", "joint"):
-        per_image = content["methods"][method]["macs_per_step"] / recipe.train.batch_size
-        assert per_image == pytest.approx((3 * 3 * full + 3 * whole) / 3)
+    cost = {name: macs(net.nets[name], 8) for name in NETS}
+    of = {name: method["macs_per_step"] / recipe.train.batch_size for name, method in content["methods"].items()}
+    assert of["ekd"] == pytest.approx(3 * (2 * cost["resnet20"] + macs(net, 8)) / 2)
+    assert of["alone"] == pytest.approx(3 * sum(cost.values()))
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -50,10 +50,7 @@ def test_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "optim.momentun=0.5",
-            "optim.momentun: unknown key; did you mean momentum\\? allowed here: name, lr, nested_lr, mom",
-        ),
+        ("optim.momentun=0.5", "optim.momentun: unknown key; did you mean momentum\\? allowed here: name, lr, mom"),
         ("optims.lr=0.5", "optims: unknown key; did you mean optim\\? allowed here: data, augment"),
         ("optim.name=rmsprop", "optim.name: input should be 'sgd' or 'adamw' \\(given: 'rmsprop'\\)"),
         ("optim.lr=fast", "optim.lr: input should be a valid number.* \\(given: 'fast'\\)"),

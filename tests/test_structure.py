@@ -42,7 +42,6 @@ ORDER = [
     "optimizer",
     "state",
     "checkpoint",
-    "full_net_first",
     "trained",
     "export",
     "trainer",

@@ -23,7 +23,6 @@ from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import DDNNError, RunError
 from ddnn.evaluate import accuracy
-from ddnn.full_net_first import phases
 from ddnn.state import State
 from ddnn.trained import evaluate_run, load_data, load_trained
 from ddnn.trainer import train, train_step
@@ -100,6 +99,7 @@ VARIANTS = {
     "mixed": ("augment.mixup=0.2", "augment.cutmix=1.0", "augment.erasing=0.2", "train.precision=bf16"),
     "recalibrated": ("network.norm=recalibrated", "network.head=private", "schedule.name=multistep"),
     "lean": ("train.lean=true", "train.accumulate=2"),
+    "joined": ("train.full_net_epochs=1", "optim.momentum=0.8", "train.ema=0.9"),
     "strong": ("augment.policy=randaugment", "augment.crop=resized", "objective.attention_map=softmax"),
 }
 
@@ -387,13 +387,9 @@ def test_every_shipped_recipe_trains_for_some_steps(name: str, tmp_path: Path, m
             pixels = random.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / kind / f"{i}.png")
     small = ["train.epochs=1", "train.batch_size=8", "schedule.warmup_epochs=0", "data.image_size=32"]
-    chosen = recipe.load(name, [f"data.source={folder}", "data.workers=1", *small])
-    if chosen.train.nested_epochs is not None:
-        chosen = recipe.changed(chosen, train={"nested_epochs": 1})
-    *before, last = phases(chosen)
-    run = RunFolder.create(tmp_path / "run", last)
-    for each in before:
-        train(RunFolder.create(run.path / recipe.FULL_NET, each), Quiet())
+    if recipe.load(name).train.full_net_epochs:
+        small += ["train.epochs=2", "train.full_net_epochs=1"]
+    run = RunFolder.create(tmp_path / "run", recipe.load(name, [f"data.source={folder}", "data.workers=1", *small]))
     summary = train(run, Quiet())
     assert run.metrics()[-1]["step"] >= 3
     assert data.load(run.recipe.data, 0).classes == ("a", "b", "c")

@@ -13,7 +13,7 @@ The result is the same sum of the same gradients, added up in another order. Und
 running statistics depend on the order in which paths pass, these differ too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -34,15 +34,17 @@ def branchwise_backward(
     target: Tensor,
     teacher: Output | None = None,
     *,
+    only: Iterable[str] | None = None,
     scale: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Terms, Logits]:
     """Add the gradients of `scale` x the objective to the parameters; return its terms and the logits, detached.
 
-    `autocast()` is entered around every piece of forward, and what else it enters: saved-tensor hooks belong there,
-    as they would not be seen from outside of this call.
+    `only` names the nets to run, by default all. `autocast()` is entered around every piece of forward. Saved-tensor
+    hooks of the caller's own belong into it: from outside of this call they would see nothing.
     """
-    names = list(reversed(net.depths))  # the full-net first
+    wanted = set(net.depths if only is None else only)
+    names = [name for name in reversed(net.depths) if name in wanted]  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
     walk = _Walk(net, paths, objective, target, teacher, scale, autocast)
     if net.whole:
@@ -51,14 +53,14 @@ def branchwise_backward(
     else:
         walk.grow(names, 0, x, dict.fromkeys(names, ()))
     return (
-        {term: value for name in _terms_order(net, teacher) for term, value in walk.terms[name].items()},
-        {name: walk.logits[name] for name in net.depths},
+        {term: value for name in _terms_order(names, teacher) for term, value in walk.terms[name].items()},
+        {name: walk.logits[name] for name in reversed(names)},
     )
 
 
-def _terms_order(net: DDNN, teacher: Output | None) -> list[str]:
-    *subnets, full = net.depths
-    return [full, *subnets] if teacher is None else [*subnets, full]
+def _terms_order(names: list[str], teacher: Output | None) -> list[str]:
+    deepest, *others = names
+    return [deepest, *reversed(others)] if teacher is None else list(reversed(names))
 
 
 @contextmanager

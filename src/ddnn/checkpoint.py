@@ -7,7 +7,6 @@
     checkpoints/         step-NUMBER-DIGEST.pt, the last two; DIGEST begins the file's sha256
     model.safetensors    weights of all nets, each stored once; written at the end
     summary.json         the table of sub-nets; written last, so a run that has it is complete
-    full-net/            the run of the full-net alone, where it is trained first (`full_net_first`)
 
 Every file is written beside its place, flushed to the disk and then renamed. Nothing is unpickled: checkpoints are
 read with `weights_only`, weights with safetensors.
@@ -33,7 +32,7 @@ from ddnn import recipe as recipes
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.network import DDNN
-from ddnn.recipe import FULL_NET, Recipe
+from ddnn.recipe import Recipe
 
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
@@ -76,12 +75,6 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 torn.unlink()
         return cls(path, recipes.reopen(path / "recipe.toml"))
-
-    @property
-    def whole(self) -> Path:
-        """The folder to go on with: this one, or that of the run whose full-net is trained here first."""
-        part = self.path.name == FULL_NET and (self.path.parent / "recipe.toml").is_file()
-        return self.path.parent if part else self.path
 
     def unwritten(self) -> "RunFolder":
         """The same run for a process that must not write: whatever it is asked to write is dropped."""

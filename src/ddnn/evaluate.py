@@ -58,26 +58,33 @@ def measures(net: DDNN, scores: Mapping[str, Accuracy], image_size: int, device:
 
 
 @torch.no_grad()
-def accuracy(net: DDNN, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE) -> dict[str, Accuracy]:
+def accuracy(
+    net: DDNN,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    processes: Processes = ALONE,
+    only: Iterable[str] | None = None,
+) -> dict[str, Accuracy]:
     """Accuracy of every net over batches of images [N, 3, H, W] and classes [N], each image counted once.
 
-    Several processes each give batches of their own, and all get the accuracy over the batches of all.
+    `only` names some of the nets. Several processes each give batches of their own, and all get the accuracy over the
+    batches of all.
     """
     training = net.training
     net.eval()
     kind = next(net.parameters()).dtype
-    counts = torch.zeros(len(net.depths), 2, dtype=torch.int64)
+    names = list(net.depths if only is None else only)
+    counts = torch.zeros(len(names), 2, dtype=torch.int64)
     images = 0
     for x, target in batches:
-        outputs = net(x.to(kind))
-        counts += torch.stack([hits(outputs[name].logits, target).cpu() for name in net.depths])
+        outputs = net(x.to(kind), only=names)
+        counts += torch.stack([hits(outputs[name].logits, target).cpu() for name in names])
         images += len(x)
     net.train(training)
     *right, total = processes.sum(torch.cat([counts.flatten(), torch.tensor([images])])).tolist()
     assert total, "no images to evaluate on"
     return {
         name: {"top1": top1 / total, "top5": top5 / total}
-        for name, top1, top5 in zip(net.depths, right[::2], right[1::2], strict=True)
+        for name, top1, top5 in zip(names, right[::2], right[1::2], strict=True)
     }
 
 

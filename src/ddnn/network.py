@@ -173,6 +173,12 @@ class DDNN(nn.Module):
         nets = {name: copy.deepcopy(self.nets[self._known(name)])}
         return DDNN(nets, self.anatomies, self.norm, self.head)
 
+    def follow_full_net(self) -> None:
+        """Give the sub-nets' own norms and classifiers the values they have in the full-net now, as `nest` does."""
+        full = self.anatomies[self.full_name]
+        fresh = assemble(self.nets[self.full_name], self.depths, full, self.norm, self.head)
+        self.load_state_dict(fresh.state_dict())
+
     def _known(self, name: str) -> str:
         if name not in self.depths:
             raise NestingError(f"no net {name!r} in this DDNN; it has {', '.join(self.depths)}")

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +20,14 @@ def make_optimizer(net: nn.Module, optim: recipe.Optim) -> Optimizer:
     if optim.name == "sgd":
         return SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
     return AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+
+
+def take_in_late(optimizer: Optimizer) -> None:
+    """Get ready for parameters that had no gradient so far, beside others that had: fused SGD needs all momenta."""
+    if isinstance(optimizer, SGD) and optimizer.defaults["momentum"]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def make_scheduler(optimizer: Optimizer, schedule: recipe.Schedule, epochs: int, steps_per_epoch: int) -> LambdaLR:

@@ -20,12 +20,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
 Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
 Option = Scalar | list[Scalar]
-
-FULL_NET = "full-net"
-"""Of a run folder, the folder inside with the run of its full-net by itself; as `objective.teacher`, what is there."""
 
 
 class Section(BaseModel):
@@ -159,10 +157,9 @@ class Objective(Section):
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
     ramp: tuple[Share, Share] = (0.0, 0.0)
     """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between. Not
-    after `train.nested_epochs`' full-net, which knows enough to teach at once."""
+    needed after `train.full_net_epochs`: that full-net knows enough to teach at once."""
     teacher: Path | None = None
-    """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD).
-    With `train.nested_epochs`, `full-net` is the full-net as it was before its sub-nets joined."""
+    """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
 
@@ -174,6 +171,8 @@ class Objective(Section):
             )
         if self.ramp[1] > 0 and self.labels == "full-net":
             raise ValueError("ramp leaves sub-nets without labels nothing to learn from at first; set ramp=[0, 0]")
+        if self.teacher is not None and self.labels == "full-net":
+            raise ValueError("labels=full-net leaves no net with labels where teacher is set; set labels=all")
         return self
 
 
@@ -183,8 +182,6 @@ class Optim(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.2
     """Peak learning rate."""
-    nested_lr: Positive | None = None
-    """Peak learning rate of the `train.nested_epochs`; `lr` if not given."""
     momentum: Fraction = 0.9
     """SGD only."""
     nesterov: bool = True
@@ -220,9 +217,11 @@ class Train(Section):
     """The loop."""
 
     epochs: Count = 12
-    nested_epochs: Count | None = None
-    """Train the full-net by itself first, for `epochs`; its sub-nets then join it for so many more. If not given, all
-    nets begin together."""
+    full_net_epochs: Whole = 0
+    """How many of these, at the beginning, are the full-net's alone. Its sub-nets then join it, starting from its
+    weights, norms and classifier. With 0 all nets begin together."""
+    alone_epochs: Count | None = None
+    """Epochs of each net that a comparison trains by itself; `epochs` if not given."""
     batch_size: Count = 128
     """Images per optimiser step."""
     accumulate: Count = 1
@@ -258,6 +257,10 @@ class Train(Section):
             raise ValueError(
                 "lean=true goes block by block and can't be compiled; set one of lean and compile to false"
             )
+        if self.full_net_epochs >= self.epochs:
+            raise ValueError(
+                f"full_net_epochs={self.full_net_epochs} must be below epochs={self.epochs}: sub-nets join after them"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.batch_size == self.accumulate:
@@ -284,7 +287,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        for key in ("epochs", "nested_epochs"):
+        for key in ("epochs", "alone_epochs"):
             epochs = getattr(self.train, key)
             if epochs is not None and self.schedule.warmup_epochs >= epochs:
                 raise ValueError(
@@ -347,8 +350,7 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
         changes["data"] = {"source": str(source.resolve())}
     if recipe.network.weights is not None:
         changes["network"] = {"weights": _place(recipe.network.weights, folder)}
-    own = recipe.train.nested_epochs is not None and recipe.objective.teacher == Path(FULL_NET)
-    if recipe.objective.teacher is not None and not own:
+    if recipe.objective.teacher is not None:
         changes["objective"] = {"teacher": _place(recipe.objective.teacher, folder)}
     return changed(recipe, **changes)
 

@@ -15,7 +15,7 @@ from ddnn.errors import RunError
 from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
 from ddnn.objective import EKD
-from ddnn.optimizer import make_optimizer, make_scheduler
+from ddnn.optimizer import make_optimizer, make_scheduler, take_in_late
 from ddnn.processes import ALONE, Processes
 from ddnn.recipe import Recipe
 
@@ -80,7 +80,7 @@ class State:
 
     recipe: Recipe
     net: DDNN
-    forward: Callable[[Tensor], Any]
+    forward: Callable[..., dict[str, Output]]
     """`net`, or its twin with the same parameters: compiled, or with gradients averaged over processes."""
     objective: EKD
     optimizer: torch.optim.Optimizer
@@ -135,6 +135,32 @@ class State:
     def objective_now(self) -> EKD:
         """The objective at this point of the run."""
         return self.objective.at(self.step / (self.recipe.train.epochs * self.steps_per_epoch))
+
+    @property
+    def learning(self) -> list[str]:
+        """The nets that learn at this point of the run: the full-net alone, as long as its sub-nets wait."""
+        waiting = self.step < self.recipe.train.full_net_epochs * self.steps_per_epoch
+        return [self.net.full_name] if waiting else list(self.net.depths)
+
+    @property
+    def averaging_now(self) -> DistributedDataParallel | None:
+        """`averaging`, which waits for a gradient of every parameter, and so is of no use while sub-nets wait."""
+        return self.averaging if len(self.learning) == len(self.net.depths) else None
+
+    def outputs(self, images: Tensor) -> dict[str, Output]:
+        """What the nets that learn make of images [N, 3, H, W]."""
+        learning = self.learning
+        if len(learning) == len(self.net.depths):
+            return self.forward(images)
+        forward = self.forward if self.averaging is None else self.net
+        return forward(images, only=learning)
+
+    def join(self) -> None:
+        """Let the sub-nets start from what the full-net is now."""
+        self.net.follow_full_net()
+        take_in_late(self.optimizer)
+        if self.ema is not None:
+            self.kept_net.follow_full_net()
 
     @property
     def kept_net(self) -> DDNN:

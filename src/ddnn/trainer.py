@@ -83,7 +83,7 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """
     device = choose_device(run.recipe.train.device)
     patience = timedelta(minutes=run.recipe.train.patience_minutes)
-    with together(device, patience) as processes, heeded(run.whole) as notice:
+    with together(device, patience) as processes, heeded(run.path) as notice:
         return _train(run if processes.first else run.unwritten(), progress, device, processes, notice)
 
 
@@ -91,10 +91,6 @@ def _train(
     run: RunFolder, progress: Progress, device: torch.device, processes: Processes, notice: Notice
 ) -> dict[str, Any]:
     recipe = run.recipe
-    if recipe.train.nested_epochs is not None:
-        raise RunError(
-            f"the recipe of {run.path} has train.nested_epochs, which is two trainings: `ddnn train RECIPE` does both"
-        )
     processes.check_same("the recipe", run.recipe_digest())
     summary: dict[str, Any] | None = processes.from_first(run.read_json("summary.json") if processes.first else None)
     if summary:
@@ -110,7 +106,8 @@ def _train(
     memory = PeakMemory(device)
     keep_freed_memory()  # from here on: what loading the data needed should not count as free for the training
     kept = processes.from_first(run.load_checkpoint() if processes.first else None)
-    network = recipe.network.seen_from(run.path) if kept is None else recipe.network.unweighted()
+    first = kept is None and processes.first  # whose weights the others then get; they may not see the run folder
+    network = recipe.network.seen_from(run.path) if first else recipe.network.unweighted()
     net = build(network, len(dataset.classes), dataset.image_size)
     state = State.fresh(recipe, net, steps, device, processes)
     if recipe.objective.teacher is not None:
@@ -162,7 +159,7 @@ def end_epoch(state: State, dataset: DataSet, memory: PeakMemory) -> dict[str, A
         with state.clock("evaluate"):
             processes.share(state.kept_net.buffers())  # where each process has statistics of its own
             batches = eval_batches(recipe, dataset, dataset.validation, state.device, processes.part)
-            metrics["validation"] = accuracy(state.kept_net, batches, processes)
+            metrics["validation"] = accuracy(state.kept_net, batches, processes, only=list(metrics["train_top1"]))
     state.sums = Sums()
     metrics["seconds"] = state.take_seconds()
     metrics["seconds"]["cpu"] = round(float(processes.sum(torch.tensor([metrics["seconds"]["cpu"]]).double())), 3)
@@ -174,6 +171,8 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
     """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it."""
     train, steps, processes = state.recipe.train, state.steps_per_epoch, state.processes
     epoch, start = divmod(state.step, steps)
+    if train.full_net_epochs and state.step == train.full_net_epochs * steps:
+        state.join()
     batches = data.train_batches(
         dataset, state.recipe, epoch=epoch, start=start, device=state.device, part=processes.part
     )
@@ -216,13 +215,14 @@ def train_step(state: State, x: Tensor, target: Tensor) -> tuple[dict[str, Tenso
     if train.precision == "float64":
         x = x.double()
     parts = []
+    averaging = state.averaging_now
     pieces = list(zip(x.chunk(train.accumulate), target.chunk(train.accumulate), strict=True))
     for i, (images, classes) in enumerate(pieces, 1):
         share = len(images) / len(x)
-        with state.averaging.no_sync() if state.averaging and i < len(pieces) else contextlib.nullcontext():
+        with averaging.no_sync() if averaging and i < len(pieces) else contextlib.nullcontext():
             terms, logits = (_lean_backward if train.lean else _backward)(state, images, classes, share)
         parts.append(({name: share * term for name, term in terms.items()}, logits))
-    if state.averaging is None:
+    if averaging is None:
         processes.average_gradients(state.net.parameters())
     if state.recipe.optim.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.net.parameters(), state.recipe.optim.clip_norm)
@@ -243,11 +243,11 @@ def _backward(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Add the gradients of `share` x the objective; its terms and all logits, detached."""
     with state.autocast():
-        outputs = state.forward(images)
+        outputs = state.outputs(images)
         teacher = state.taught(images)
     terms = state.objective_now(outputs, target, teacher)
     loss = share * torch.stack(list(terms.values())).sum()
-    if state.averaging is None:
+    if state.averaging_now is None:
         loss.backward()
     else:  # which waits for a gradient of every parameter, also of a net that has no term in this step
         idle = [name for name in outputs if not any(term.startswith(f"{name}/") for term in terms)]
@@ -267,7 +267,14 @@ def _lean_backward(
     with state.autocast():
         teacher = state.taught(images)
     return branchwise_backward(
-        state.net, state.objective_now, images, target, teacher, scale=share, autocast=state.autocast
+        state.net,
+        state.objective_now,
+        images,
+        target,
+        teacher,
+        only=state.learning,
+        scale=share,
+        autocast=state.autocast,
     )
 
 

@@ -43,9 +43,9 @@ def train(
 
       ddnn train --resume runs/first
 
-    The full-net by itself first, for the recipe's epochs, in RUN/full-net; its sub-nets join it for 15 more:
+    The full-net by itself for the first 15 epochs; its sub-nets then join it:
 
-      ddnn train my.toml train.nested_epochs=15
+      ddnn train my.toml train.epochs=30 train.full_net_epochs=15
 
     With several processes, on one host or many (--out is needed; the same command again goes on where it was):
 
@@ -65,7 +65,6 @@ def train(
     if launched and resume is None and out is None:
         raise typer.BadParameter("several processes need one run folder, and find it again after a fault: give --out")
 
-    from ddnn import full_net_first as two_trainings
     from ddnn.build import check
     from ddnn.checkpoint import RunFolder
     from ddnn.display import Display, make_console, subnet_table
@@ -75,25 +74,19 @@ def train(
     console = make_console()
     if chosen is None:
         assert resume is not None
-        runs = two_trainings.trainings(RunFolder.open(resume))
+        run = RunFolder.open(resume)
     else:
         check(chosen)  # before there is a folder
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
-        make = create if first else RunFolder  # which the first process makes, perhaps on another host
-        *before, last = two_trainings.phases(chosen)
-        run = make(folder, last)
-        runs = [*(make(folder / recipes.FULL_NET, each) for each in before), run]
-    run = runs[-1]
+        run = create(folder, chosen) if first else RunFolder(folder, chosen)  # made by the first, perhaps elsewhere
     if not first:
-        for each in runs:
-            train_run(each, Silent())
+        train_run(run, Silent())
         return
+    console.print(f"run folder: {run.path}", markup=False)
     try:
-        for each in runs:
-            console.print(f"run folder: {each.path}", markup=False)
-            with Display(console) as display:
-                summary = train_run(each, display)
+        with Display(console) as display:
+            summary = train_run(run, display)
     except KeyboardInterrupt:
         make_console(stderr=True).print(f"stopped; go on with: ddnn train --resume {run.path}", markup=False)
         raise typer.Exit(130) from None
@@ -155,10 +148,9 @@ def compare(
     cross-entropy only), kl and attention (one term of the two), two-model-kd
     (each depth with a separately trained full-net as teacher), ekd-pretrained
     (all nets start from the full-net of alone and are taught by it as it was),
-    adaptive-depth (sub-nets learn from the full-net's posteriors only). Where
-    the recipe has train.nested_epochs, all methods with shared weights start
-    from the full-net of alone. The test set is used once per training, after
-    its last epoch.
+    adaptive-depth (sub-nets learn from the full-net's posteriors only). Nets
+    alone train for train.alone_epochs, where the recipe says so. The test set is
+    used once per training, after its last epoch.
 
       ddnn compare cifar100-resnet8-14-20 --seeds 3 --out runs/fair
 

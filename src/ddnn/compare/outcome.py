@@ -43,34 +43,37 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a
         if job.name in failed:
             continue
         epochs = RunFolder(folder / "runs" / job.name, job.recipe).metrics()
-        per_epoch = _cost(job.recipe)
+        costs = _costs(job.recipe)
         spent += sum(epoch["seconds"]["total"] for epoch in epochs)
-        macs_done += per_epoch * len(epochs)
-        macs_left += per_epoch * (job.recipe.train.epochs - len(epochs))
+        macs_done += sum(costs[: len(epochs)])
+        macs_left += sum(costs[len(epochs) :])
     return spent / macs_done * macs_left / max(1, at_a_time) if macs_done else None
 
 
 @functools.cache
-def _macs_per_image(network_json: str, taught: bool, size: int, classes: int) -> int:
-    """MACs of a training step per image: forward once, backward twice as much; a separate teacher's forward too."""
+def _macs_per_image(network_json: str, size: int, classes: int) -> tuple[int, int, int]:
+    """MACs of one image forward: through the deepest net that is trained, through all that are, through a teacher."""
     network = Network.model_validate_json(network_json).unweighted()
-    total = 3 * macs(build(network, classes, size), size)
-    if taught:
-        whole = build(network.model_copy(update={"alone": None}), classes, size)
-        total += macs(whole.nets[whole.full_name], size)
-    return total
+    net, whole = (build(each, classes, size) for each in (network, network.model_copy(update={"alone": None})))
+    return macs(net.nets[net.full_name], size), macs(net, size), macs(whole.nets[whole.full_name], size)
 
 
-def _cost(recipe: Recipe, size: int | None = None, classes: int = 10) -> int:
+def _costs(recipe: Recipe, size: int | None = None, classes: int = 10) -> list[int]:
+    """MACs per image of every epoch: forward once, backward twice as much; a separate teacher's forward too."""
     size = size or recipe.data.image_size or 32
-    return _macs_per_image(recipe.network.model_dump_json(), recipe.objective.teacher is not None, size, classes)
+    full, tree, teacher = _macs_per_image(recipe.network.model_dump_json(), size, classes)
+    taught = teacher if recipe.objective.teacher is not None else 0
+    train = recipe.train
+    first = train.full_net_epochs
+    return [3 * full + taught] * first + [3 * tree + taught] * (train.epochs - first)
 
 
 def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:
     """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null.
 
-    `macs_per_step` is a method's MACs in all, divided by the steps that `epochs` of the recipe take.
+    `macs_per_step` is a method's MACs in all, divided by the steps of one net's training alone.
     """
+    alone_epochs = recipe.train.alone_epochs or recipe.train.epochs
     summaries = {job.name: summary_of(folder, job) for job in jobs}
     done = {name: summary for name, summary in summaries.items() if summary}
     about = {name: _about(folder, name) for name in done}
@@ -80,6 +83,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         "recipe": name,
         "seeds": [recipe.train.seed + seed for seed in seeds],
         "epochs": recipe.train.epochs,
+        "full_net_epochs": recipe.train.full_net_epochs,
+        "alone_epochs": alone_epochs,
         "complete": len(done) == len(jobs),
         "nets": {},
         "methods": {},
@@ -109,8 +114,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
                 memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
                 data = about[next(iter(all_jobs))]["data"]
                 size, classes = data["image_size"], len(data["classes"])
-                per_image = sum(job.recipe.train.epochs * _cost(job.recipe, size, classes) for job in all_jobs.values())
-                steps.append(recipe.train.batch_size * per_image / recipe.train.epochs)
+                per_image = sum(sum(_costs(job.recipe, size, classes)) for job in all_jobs.values())
+                steps.append(recipe.train.batch_size * per_image / alone_epochs)
         content["methods"][method] = {
             "subnets": top1,
             "seconds": statistics.mean(seconds) if seconds else None,

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.errors import RecipeError
-from ddnn.full_net_first import alone, nested
-from ddnn.recipe import FULL_NET, Recipe, changed
+from ddnn.recipe import Recipe, changed
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class Job:
     """The job that has to be finished before."""
 
 
+PLAIN = {"subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+"""Of the objective where a finished network teaches: all nets are its students, from the first step on."""
 Trainings = list[tuple[str, Recipe, str | None]]
 """Of one method and seed: ending of the name, recipe, name of the training that has to be finished before."""
 Method = Callable[[Recipe, list[str], int], Trainings]
@@ -30,16 +31,28 @@ Method = Callable[[Recipe, list[str], int], Trainings]
 
 
 def _joint(**objective: Any) -> Method:
-    """A method that is one training of the whole DDNN, after one of the full-net by itself where the recipe says so."""
+    """A method that is one training of the whole DDNN."""
+    return lambda recipe, nets, seed: [("", changed(recipe, objective=objective), None)]
 
-    def trainings(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
-        theirs = changed(recipe, objective=objective)
-        if recipe.train.nested_epochs is None:
-            return [("", theirs, None)]
-        needed, trained = _full_net(nets, seed)
-        return [("", nested(theirs, trained), needed)]
 
-    return trainings
+def alone(recipe: Recipe, net: str) -> Recipe:
+    """The recipe of one net by itself: its objective is cross-entropy."""
+    return changed(recipe, network={"alone": net}, objective={"teacher": None}, train=_by_itself(recipe))
+
+
+def nested(recipe: Recipe, trained: Path) -> Recipe:
+    """The recipe of all nets from a trained full-net on, for as many epochs, and taught by it as it was, itself too.
+
+    `trained` is the folder of its run, absolute or as seen from the new run's. It knows enough to teach from the first
+    step on, so there is no `ramp`, and as a student it weighs as much as any other net.
+    """
+    network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
+    return changed(recipe, network=network, objective={"teacher": trained, **PLAIN}, train=_by_itself(recipe))
+
+
+def _by_itself(recipe: Recipe) -> dict[str, Any]:
+    train = recipe.train
+    return {"epochs": train.alone_epochs or train.epochs, "full_net_epochs": 0, "alone_epochs": None}
 
 
 def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
@@ -54,15 +67,13 @@ def _full_net(nets: list[str], seed: int) -> tuple[str, Path]:
 
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, teacher = _full_net(nets, seed)
-    objective = {"teacher": teacher, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+    objective = {"teacher": teacher, **PLAIN}
     return [(f"-{net}", changed(alone(recipe, net), objective=objective), needed) for net in nets]
 
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, trained = _full_net(nets, seed)
-    train = {"nested_epochs": recipe.train.epochs}
-    theirs = changed(recipe, objective={"teacher": Path(FULL_NET)}, optim={"nested_lr": None}, train=train)
-    return [("", nested(theirs, trained), needed)]
+    return [("", nested(recipe, trained), needed)]
 
 
 METHODS: dict[str, Method] = {
@@ -73,15 +84,14 @@ METHODS: dict[str, Method] = {
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,
     "ekd-pretrained": _pretrained,
-    "adaptive-depth": _joint(labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
+    "adaptive-depth": _joint(teacher=None, labels="full-net", kl=1.0, attention=0.0, temperature=1.0, ramp=(0.0, 0.0)),
 }
 """What each method makes of the recipe.
 
 `ekd` is the recipe itself; `alone` trains every depth by itself; `joint` has shared weights and cross-entropy only;
 `kl` and `attention` leave one of the two terms of distillation; `adaptive-depth` has the objective of adaptive-depth
 networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its posteriors only, at temperature 1. There
-only the smallest sub-net is trained; here every sub-net is, since each has norms of its own. Where the recipe has
-`nested_epochs`, all of these but `alone` begin with the full-net of `alone`: the objective is all they differ by.
+only the smallest sub-net is trained; here every sub-net is, since each has norms of its own.
 
 `two-model-kd` trains every depth with the full-net of `alone` as its teacher, by the same terms from the beginning on,
 since that teacher is finished; `ekd-pretrained` goes beyond the paper: all nets begin with the full-net of `alone` and

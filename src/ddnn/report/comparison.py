@@ -64,6 +64,11 @@ class Comparison(_Part):
     nets: dict[str, Net]
     methods: dict[str, Method]
     epochs: int | None = None
+    """Of a training of all nets together."""
+    full_net_epochs: int = 0
+    """Of these, how many were the full-net's alone."""
+    alone_epochs: int | None = None
+    """Of a training of one net."""
     machine: str | None = None
     versions: dict[str, str] = {}
     test_images: int | None = None
@@ -151,35 +156,38 @@ def read_curves(folder: Path, comparison: Comparison) -> Curves:
     return curves
 
 
-def _epochs(folder: Path, runs: Iterable[str], curves: Curves) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+Scores = tuple[dict[str, float], dict[str, float]]
+"""Top-1 accuracies on training and on validation images, by net."""
+
+
+def _epochs(folder: Path, runs: Iterable[str], curves: Curves) -> list[Scores]:
     """Accuracies on training and on validation images of all epochs of one seed's runs.
 
-    A run that starts from another's full-net has that one's epochs too.
+    A run that starts from another's full-net in the same comparison has that one's epochs too.
     """
-    found: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+    found: list[Scores] = []
     for name in runs:
         try:
             run = RunFolder.open(folder / "runs" / name)
             epochs = run.metrics()
-            began = run.path / (run.recipe.network.weights or "")
-            if began != run.path and (began / "metrics.jsonl").is_file():
-                waiting = dict.fromkeys(epochs[0]["train_top1"] if epochs else (), math.nan)
-                epochs = [_before(epoch, waiting) for epoch in RunFolder.open(began).metrics()] + epochs
-            found += [
-                (epoch.get("train_top1", {}), {net: top["top1"] for net, top in epoch.get("validation", {}).items()})
-                for epoch in epochs
-            ]
+            began = run.recipe.network.weights
+            if began is not None and not began.is_absolute():
+                epochs = RunFolder.open(run.path / began).metrics() + epochs
+            found += _until_they_join(
+                [
+                    (epoch["train_top1"], {net: top["top1"] for net, top in epoch.get("validation", {}).items()})
+                    for epoch in epochs
+                ]
+            )
         except (DDNNError, OSError):
             curves.unreadable.append(name)
     return found
 
 
-def _before(epoch: dict[str, Any], waiting: dict[str, float]) -> dict[str, Any]:
-    """An epoch of the full-net by itself, in which the other nets had no accuracy."""
-    found = {**epoch, "train_top1": {**waiting, **epoch["train_top1"]}}
-    if "validation" in epoch:
-        found["validation"] = {**{net: {"top1": nan} for net, nan in waiting.items()}, **epoch["validation"]}
-    return found
+def _until_they_join(epochs: list[Scores]) -> list[Scores]:
+    """With NaN for nets that come later only."""
+    every = [dict.fromkeys(scores, math.nan) for scores in epochs[-1]] if epochs else []
+    return [(every[0] | train, every[1] | validation) for train, validation in epochs]
 
 
 def _of(net: str, epochs: Iterable[Mapping[str, float]]) -> list[float]:

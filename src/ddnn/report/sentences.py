@@ -195,7 +195,7 @@ def details(comparison: Comparison) -> dict[str, str]:
     found = {
         "data set": comparison.dataset,
         "recipe": comparison.recipe,
-        "epochs": comparison.epochs,
+        "epochs": _epochs(comparison),
         "seeds": ", ".join(map(str, comparison.seeds)),
         "test images": f"{comparison.test_images:,}" if comparison.test_images else None,
         "machine": comparison.machine,
@@ -203,6 +203,14 @@ def details(comparison: Comparison) -> dict[str, str]:
         "commit": comparison.commit,
     }
     return {name: str(value) for name, value in found.items() if value}
+
+
+def _epochs(comparison: Comparison) -> str | None:
+    if comparison.epochs is None:
+        return None
+    first = f", the first {comparison.full_net_epochs} the full-net's only" if comparison.full_net_epochs else ""
+    alone = comparison.alone_epochs or comparison.epochs
+    return f"{comparison.epochs}{first}" + (f"; {alone} of each net alone" if alone != comparison.epochs else "")
 
 
 def percent(share: float | None) -> str:
