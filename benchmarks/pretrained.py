@@ -17,7 +17,7 @@ from typing import Any
 from ddnn import recipe as recipes
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, write_atomic
-from ddnn.compare import plan
+from ddnn.compare.plan import alone, nested
 from ddnn.display import Display, make_console
 from ddnn.errors import RunError
 from ddnn.recipe import Recipe, changed
@@ -39,28 +39,28 @@ def compare(recipe: Recipe, epochs: int, lr: float, out: Path, *, teacher: bool 
     if recipe.data.validation == 0:
         recipe = changed(recipe, data={"validation": 0.1})
     *subnets, full = build(recipe.network.unweighted(), num_classes=2).depths
-    alone = {
-        name: run(out / f"alone-{name}", plan.alone(recipe, name))[-1]["validation"][name]["top1"]
+    best = {
+        name: run(out / f"alone-{name}", alone(recipe, name))[-1]["validation"][name]["top1"]
         for name in [*subnets, full]
     }
-    nested = changed(
-        plan.nested(recipe, (out / f"alone-{full}").resolve()),
+    after = changed(
+        nested(recipe, (out / f"alone-{full}").resolve()),
         objective={} if teacher else {"teacher": None},
         optim={"lr": lr},
         train={"epochs": epochs},
     )
-    curve = run(out / "nested", nested)
-    accuracy = {name: [epoch["validation"][name]["top1"] for epoch in curve] for name in alone}
+    curve = run(out / "nested", after)
+    accuracy = {name: [epoch["validation"][name]["top1"] for epoch in curve] for name in best}
     return {
         "epochs_alone": recipe.train.alone_epochs or recipe.train.epochs,
         "epochs_nested": epochs,
         "nets": {
             name: {
-                "alone": alone[name],
+                "alone": best[name],
                 "nested": accuracy[name],
-                "reached": next((i + 1 for i, top1 in enumerate(accuracy[name]) if top1 >= alone[name]), None),
+                "reached": next((i + 1 for i, top1 in enumerate(accuracy[name]) if top1 >= best[name]), None),
             }
-            for name in alone
+            for name in best
         },
     }
 
