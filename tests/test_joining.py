@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import Quiet
+from conftest import TINY, Quiet
 from ddnn import recipe as recipes
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
+from ddnn.compare.plan import alone
 from ddnn.errors import RecipeError
 from ddnn.families.cifar_resnet import resnet
 from ddnn.network import DDNN, nest
@@ -137,3 +139,12 @@ def test_the_lean_step_runs_whom_it_is_told_to() -> None:
 def test_what_does_not_fit_is_said(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipes.load("digits", overrides)
+
+
+def test_a_net_alone_has_its_own_epochs(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    own = ("train.epochs=4", "train.full_net_epochs=2", "train.alone_epochs=1", "network.alone=resnet8")
+    code, _, err = ddnn("train", *TINY, *own, "--out", tmp_path / "run")
+    assert code == 0, err
+    run = RunFolder.open(tmp_path / "run")
+    assert len(run.metrics()) == 1
+    assert run.recipe == alone(recipes.load("digits", [*TINY, *own]), "resnet8")

@@ -164,8 +164,8 @@ def test_the_claim_is_shown_for_whoever_holds_it() -> None:
     shown = "The claim (every sub-net above alone, the full-net not below it) is shown for"
     assert claim(summarise(comparison(rows))) == f"{shown} no method here."
     content = comparison({**rows, "ekd-pretrained": good})
-    assert claim(summarise(content)) == f"{shown} DDNN-EKD, frozen teacher (1.48{TIMES} the MACs)."
-    assert f"- {shown} DDNN-EKD, frozen" in markdown(content)
+    assert claim(summarise(content)) == f"{shown} DDNN-EKD (frozen teacher) (1.48{TIMES} the MACs)."
+    assert f"- {shown} DDNN-EKD (frozen" in markdown(content)
     # a full-net whose interval reaches 0 only because seeds scatter does not keep its accuracy
     scattered = method(148.0, small=[0.52, 0.53, 0.541], big=[0.57, 0.62, 0.60])
     assert claim(summarise(comparison({"alone": alone, "ekd": scattered}))) == f"{shown} no method here."
@@ -214,7 +214,7 @@ def test_what_is_missing_is_said() -> None:
     content = comparison(late)
     assert missing(summarise(content)) == [
         "Not part of this comparison: alone, joint (cross-entropy only), attention only, two-model KD, "
-        "DDNN-EKD, frozen teacher, adaptive-depth objective.",
+        "DDNN-EKD (frozen teacher), adaptive-depth objective.",
         "Without nets trained alone there are no paired differences and no relative costs.",
         "Not finished: DDNN-EKD (seed 2); KL only (seed 1 of big).",
     ]

@@ -221,7 +221,7 @@ class Train(Section):
     """How many of these, at the beginning, are the full-net's alone. Its sub-nets then join it, starting from its
     weights, norms and classifier. With 0 all nets begin together."""
     alone_epochs: Count | None = None
-    """Epochs of each net that a comparison trains by itself; `epochs` if not given."""
+    """Epochs of a net that is trained by itself (`network.alone`, and in comparisons); `epochs` if not given."""
     batch_size: Count = 128
     """Images per optimiser step."""
     accumulate: Count = 1
@@ -336,6 +336,12 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """The recipe with some fields of some sections changed."""
     parts = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
     return recipe.model_copy(update=parts)
+
+
+def by_itself(recipe: Recipe) -> Recipe:
+    """With as many epochs as a net has that is trained by itself."""
+    epochs = recipe.train.alone_epochs or recipe.train.epochs
+    return changed(recipe, train={"epochs": epochs, "full_net_epochs": 0, "alone_epochs": None})
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:

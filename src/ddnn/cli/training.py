@@ -77,6 +77,8 @@ def train(
         run = RunFolder.open(resume)
     else:
         check(chosen)  # before there is a folder
+        if chosen.network.alone is not None:
+            chosen = recipes.by_itself(chosen)
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
         run = create(folder, chosen) if first else RunFolder(folder, chosen)  # made by the first, perhaps elsewhere

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.errors import RecipeError
-from ddnn.recipe import Recipe, changed
+from ddnn.recipe import Recipe, by_itself, changed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _joint(**objective: Any) -> Method:
 
 def alone(recipe: Recipe, net: str) -> Recipe:
     """The recipe of one net by itself: its objective is cross-entropy."""
-    return changed(recipe, network={"alone": net}, objective={"teacher": None}, train=_by_itself(recipe))
+    return changed(by_itself(recipe), network={"alone": net}, objective={"teacher": None})
 
 
 def nested(recipe: Recipe, trained: Path) -> Recipe:
@@ -47,12 +47,7 @@ def nested(recipe: Recipe, trained: Path) -> Recipe:
     step on, so there is no `ramp`, and as a student it weighs as much as any other net.
     """
     network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
-    return changed(recipe, network=network, objective={"teacher": trained, **PLAIN}, train=_by_itself(recipe))
-
-
-def _by_itself(recipe: Recipe) -> dict[str, Any]:
-    train = recipe.train
-    return {"epochs": train.alone_epochs or train.epochs, "full_net_epochs": 0, "alone_epochs": None}
+    return changed(by_itself(recipe), network=network, objective={"teacher": trained, **PLAIN})
 
 
 def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
