@@ -109,6 +109,13 @@ def test_a_run_of_one_net_alone_comes_back_too(tiny: Callable[..., RunFolder], t
     assert "The image classifier resnet14 of 10 classes" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_the_card_says_whose_the_first_epochs_were(tiny: Callable[..., RunFolder], tmp_path: Path) -> None:
+    run = tiny("run", "train.epochs=2", "train.full_net_epochs=1")
+    train(run, Quiet())
+    save_run(run, tmp_path / "model")
+    assert "- epochs: 2, the first 1 of the full-net by itself\n" in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_names_of_nets_are_kept(tmp_path: Path) -> None:
     save(make(full_name="big"), tmp_path)
     assert list(ddnn.from_pretrained(tmp_path).depths) == ["resnet8", "resnet14", "big"]

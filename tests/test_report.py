@@ -155,6 +155,16 @@ def test_verdicts_above_below_and_no_difference() -> None:
     )
 
 
+def test_epochs_that_differ_between_methods_are_said() -> None:
+    sentence = (
+        "All nets together have 18 epochs; in the first 9 of them the full-net learns by itself, and then its "
+        "sub-nets join it. A net alone has 12."
+    )
+    rows = {"ekd": EKD, "alone": ALONE}
+    assert sentence in markdown(comparison(rows, epochs=18, full_net_epochs=9, alone_epochs=12))
+    assert "by itself" not in markdown(comparison(rows))
+
+
 def test_the_claim_is_shown_for_whoever_holds_it() -> None:
     alone = method(100.0, small=[0.50, 0.51, 0.52], big=[0.60, 0.61, 0.62])
     lossy = method(80.0, small=[0.52, 0.53, 0.541], big=[0.58, 0.59, 0.601])
@@ -164,8 +174,8 @@ def test_the_claim_is_shown_for_whoever_holds_it() -> None:
     shown = "The claim (every sub-net above alone, the full-net not below it) is shown for"
     assert claim(summarise(comparison(rows))) == f"{shown} no method here."
     content = comparison({**rows, "ekd-pretrained": good})
-    assert claim(summarise(content)) == f"{shown} DDNN-EKD (frozen teacher) (1.48{TIMES} the MACs)."
-    assert f"- {shown} DDNN-EKD (frozen" in markdown(content)
+    assert claim(summarise(content)) == f"{shown} frozen-teacher EKD (1.48{TIMES} the MACs)."
+    assert f"- {shown} frozen-teacher EKD" in markdown(content)
     # a full-net whose interval reaches 0 only because seeds scatter does not keep its accuracy
     scattered = method(148.0, small=[0.52, 0.53, 0.541], big=[0.57, 0.62, 0.60])
     assert claim(summarise(comparison({"alone": alone, "ekd": scattered}))) == f"{shown} no method here."
@@ -214,7 +224,7 @@ def test_what_is_missing_is_said() -> None:
     content = comparison(late)
     assert missing(summarise(content)) == [
         "Not part of this comparison: alone, joint (cross-entropy only), attention only, two-model KD, "
-        "DDNN-EKD (frozen teacher), adaptive-depth objective.",
+        "frozen-teacher EKD, adaptive-depth objective.",
         "Without nets trained alone there are no paired differences and no relative costs.",
         "Not finished: DDNN-EKD (seed 2); KL only (seed 1 of big).",
     ]
@@ -394,6 +404,23 @@ def test_curves_begin_with_the_full_net_that_was_first(tmp_path: Path) -> None:
     figure = learning(summarise(content), found.train, "training")
     assert figure is not None
     assert all(map(math.isfinite, figure.axes[0].get_ylim()))
+    elsewhere = recipe.changed(
+        started, network={"weights": folder / "runs" / "alone-big-seed0"}
+    )  # of nobody's knowledge
+    (folder / "runs" / "ekd-seed0" / "recipe.toml").write_text(elsewhere.to_toml())
+    assert read_curves(folder, parse(content)).train["ekd", "big"] == pytest.approx([0.1, 0.2])
+
+
+def test_a_net_has_no_curve_before_it_joins(tmp_path: Path) -> None:
+    content = comparison({"ekd": method(small=[0.5], big=[0.6])}, seeds=[0])
+    folder = folder_of(tmp_path / "fair", content, epochs=2)
+    run = RunFolder.open(folder / "runs" / "ekd-seed0")
+    first, last = run.metrics()
+    del first["train_top1"]["small"]
+    run.write_metrics([first, last])
+    found = read_curves(folder, parse(content))
+    assert found.train["ekd", "big"] == pytest.approx([0.1, 0.2])
+    assert found.train["ekd", "small"] == pytest.approx([math.nan, 0.2], nan_ok=True)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

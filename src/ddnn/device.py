@@ -34,7 +34,8 @@ def threads(device: torch.device) -> str:
     """What the work runs on, for a person."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"CPU, {count} thread{'s' if count > 1 else ''}"
 
 
 def make_deterministic(wanted: bool) -> None:

@@ -74,7 +74,7 @@ def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 METHODS: dict[str, Method] = {
     "ekd": _joint(),
     "alone": _alone,
-    "joint": _joint(kl=0.0, attention=0.0),
+    "joint": _joint(teacher=None, kl=0.0, attention=0.0),
     "kl": _joint(attention=0.0),
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,

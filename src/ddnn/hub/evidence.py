@@ -54,9 +54,10 @@ def of_run(run: RunFolder, comparison: Path | None = None) -> Evidence:
     if comparison is None and run.path.resolve().parent.name == "runs" and (around / "comparison.json").is_file():
         comparison = around
     images = about["data"]["images"]
+    first = run.recipe.train.full_net_epochs if len(summary["subnets"]) > 1 else 0
     training = {
         "data": f"{without_folders(summary['dataset']['source'])}, {images['train']:,} training images",
-        "epochs": str(summary["epochs"]),
+        "epochs": f"{summary['epochs']}{f', the first {first} of the full-net by itself' if first else ''}",
         "seed": str(summary["seed"]),
         "time": f"{summary['train_seconds']:.0f} s",
         "machine": about["machine"]["device"],

@@ -23,7 +23,7 @@ LABELS = {
     "kl": "KL only",
     "attention": "attention only",
     "two-model-kd": "two-model KD",
-    "ekd-pretrained": "DDNN-EKD (frozen teacher)",
+    "ekd-pretrained": "frozen-teacher EKD",
     "adaptive-depth": "adaptive-depth objective",
 }
 """The methods every comparison may have, in the order to show them, and what people call them."""

@@ -176,6 +176,12 @@ def notes(summary: Summary) -> list[str]:
             f"Another test set of {comparison.test_images:,} images would move an accuracy by about "
             f"{percent(error)} points (standard error)."
         )
+    if comparison.full_net_epochs:
+        found.append(
+            f"All nets together have {comparison.epochs} epochs; in the first {comparison.full_net_epochs} of them the "
+            "full-net learns by itself, and then its sub-nets join it. "
+            f"A net alone has {comparison.alone_epochs or comparison.epochs}."
+        )
     found.append(
         "Costs are those of all trainings that give all nets, a full-net's that is trained before them included: "
         "wall-clock time is their sum, MACs are their sum divided by the steps of one training alone, peak memory "
@@ -195,7 +201,7 @@ def details(comparison: Comparison) -> dict[str, str]:
     found = {
         "data set": comparison.dataset,
         "recipe": comparison.recipe,
-        "epochs": _epochs(comparison),
+        "epochs": comparison.epochs,
         "seeds": ", ".join(map(str, comparison.seeds)),
         "test images": f"{comparison.test_images:,}" if comparison.test_images else None,
         "machine": comparison.machine,
@@ -203,14 +209,6 @@ def details(comparison: Comparison) -> dict[str, str]:
         "commit": comparison.commit,
     }
     return {name: str(value) for name, value in found.items() if value}
-
-
-def _epochs(comparison: Comparison) -> str | None:
-    if comparison.epochs is None:
-        return None
-    first = f", the first {comparison.full_net_epochs} the full-net's only" if comparison.full_net_epochs else ""
-    alone = comparison.alone_epochs or comparison.epochs
-    return f"{comparison.epochs}{first}" + (f"; {alone} of each net alone" if alone != comparison.epochs else "")
 
 
 def percent(share: float | None) -> str:
