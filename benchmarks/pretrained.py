@@ -52,7 +52,7 @@ def compare(recipe: Recipe, epochs: int, lr: float, out: Path, *, teacher: bool 
     curve = run(out / "nested", after)
     accuracy = {name: [epoch["validation"][name]["top1"] for epoch in curve] for name in best}
     return {
-        "epochs_alone": recipe.train.alone_epochs or recipe.train.epochs,
+        "epochs_alone": recipe.train.alone_epochs,
         "epochs_nested": epochs,
         "nets": {
             name: {

@@ -118,7 +118,7 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
 
 
 def test_nets_alone_have_epochs_of_their_own() -> None:
-    recipe = tiny_recipe("train.epochs=5", "train.full_net_epochs=2", "train.alone_epochs=3")
+    recipe = tiny_recipe("train.epochs=5", "train.full_net_share=0.4", "train.alone_share=0.6")
     jobs = {job.name.removesuffix("-seed0"): job.recipe for job in plan(recipe, METHODS, 1, NETS)}
     together = {"ekd", "joint", "kl", "attention", "adaptive-depth"}
     for name, theirs in jobs.items():
@@ -144,7 +144,7 @@ def test_teachers_come_before_their_students() -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_the_epochs_of_the_full_net_cost_less(tmp_path: Path) -> None:
-    recipe = tiny_recipe("train.epochs=3", "train.full_net_epochs=2", "train.alone_epochs=2")
+    recipe = tiny_recipe("train.epochs=3", "train.full_net_share=0.7", "train.alone_share=0.7")
     content = json.loads(compare(tmp_path, recipe, ["ekd", "alone"], 1, Silent()).read_text())
     assert content["complete"]
     assert [content[key] for key in ("epochs", "full_net_epochs", "alone_epochs")] == [3, 2, 2]

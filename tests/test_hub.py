@@ -110,7 +110,7 @@ def test_a_run_of_one_net_alone_comes_back_too(tiny: Callable[..., RunFolder], t
 
 
 def test_the_card_says_whose_the_first_epochs_were(tiny: Callable[..., RunFolder], tmp_path: Path) -> None:
-    run = tiny("run", "train.epochs=2", "train.full_net_epochs=1")
+    run = tiny("run", "train.epochs=2", "train.full_net_share=0.5")
     train(run, Quiet())
     save_run(run, tmp_path / "model")
     assert "- epochs: 2, the first 1 of the full-net by itself\n" in (tmp_path / "model" / "README.md").read_text()

@@ -23,7 +23,7 @@ from ddnn.trainer import train
 
 Make = Callable[..., RunFolder]
 TABLE = {"resnet8": (1, 1, 1), "resnet14": (2, 2, 2)}
-LATE = ("train.epochs=3", "train.full_net_epochs=2")
+LATE = ("train.epochs=3", "train.full_net_share=0.6")
 
 
 def disturbed(full_net: nn.Module) -> None:
@@ -130,9 +130,12 @@ def test_the_lean_step_runs_whom_it_is_told_to() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.epochs=5", "train.full_net_epochs=5"], "full_net_epochs=5 must be below epochs=5: sub-nets join"),
-        (["train.full_net_epochs=-1"], "greater than or equal to 0"),
-        (["train.alone_epochs=3", "schedule.warmup_epochs=3"], r"warmup_epochs=3 must be below train\.alone_epochs=3"),
+        (["train.full_net_share=1"], "full_net_share: input should be less than 1"),
+        (["train.alone_share=0"], "alone_share: input should be greater than 0"),
+        (
+            ["train.epochs=9", "train.alone_share=0.3", "schedule.warmup_epochs=3"],
+            r"warmup_epochs=3 must be below train\.epochs=9, of which a net alone has 3",
+        ),
         (["objective.teacher=x", "objective.labels=full-net"], "labels=full-net leaves no net with labels"),
     ],
 )
@@ -142,9 +145,18 @@ def test_what_does_not_fit_is_said(overrides: list[str], message: str) -> None:
 
 
 def test_a_net_alone_has_its_own_epochs(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    own = ("train.epochs=4", "train.full_net_epochs=2", "train.alone_epochs=1", "network.alone=resnet8")
+    own = ("train.epochs=4", "train.full_net_share=0.5", "train.alone_share=0.25", "network.alone=resnet8")
     code, _, err = ddnn("train", *TINY, *own, "--out", tmp_path / "run")
     assert code == 0, err
     run = RunFolder.open(tmp_path / "run")
     assert len(run.metrics()) == 1
     assert run.recipe == alone(recipes.load("digits", [*TINY, *own]), "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "first"), [(1, 0.5, 0), (2, 0.5, 1), (18, 0.5, 9), (3, 0.99, 2), (10, 0.0, 0), (7, 0.34, 2)]
+)
+def test_shares_are_rounded_to_epochs_and_leave_one_for_all_nets(epochs: int, share: float, first: int) -> None:
+    train = recipes.Train(epochs=epochs, full_net_share=share, alone_share=max(share, 0.01))
+    assert train.full_net_epochs == first
+    assert 1 <= train.alone_epochs <= epochs

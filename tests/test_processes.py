@@ -182,7 +182,7 @@ def test_two_processes(tmp_path: Path) -> None:
         (("train.lean=true", "optim.clip_norm=1", "train.ema=0.9"), (2,)),
         (("train.accumulate=2", "objective.ramp=[0.5, 1]", "objective.subnet_weight={resnet8=0, resnet14=1}"), (2,)),
         (("augment.crop=pad", "augment.flip=true", "augment.erasing=0.5", "network.head=private"), (4,)),
-        (("train.full_net_epochs=1", "train.accumulate=2"), (2,)),
+        (("train.full_net_share=0.5", "train.accumulate=2"), (2,)),
     ],
     ids=["plain", "lean", "pieces, a net without a term", "changed images", "sub-nets that join"],
 )  # fmt: skip

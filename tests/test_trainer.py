@@ -99,7 +99,7 @@ VARIANTS = {
     "mixed": ("augment.mixup=0.2", "augment.cutmix=1.0", "augment.erasing=0.2", "train.precision=bf16"),
     "recalibrated": ("network.norm=recalibrated", "network.head=private", "schedule.name=multistep"),
     "lean": ("train.lean=true", "train.accumulate=2"),
-    "joined": ("train.full_net_epochs=1", "optim.momentum=0.8", "train.ema=0.9"),
+    "joined": ("train.full_net_share=0.5", "optim.momentum=0.8", "train.ema=0.9"),
     "strong": ("augment.policy=randaugment", "augment.crop=resized", "objective.attention_map=softmax"),
 }
 
@@ -387,8 +387,8 @@ def test_every_shipped_recipe_trains_for_some_steps(name: str, tmp_path: Path, m
             pixels = random.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / kind / f"{i}.png")
     small = ["train.epochs=1", "train.batch_size=8", "schedule.warmup_epochs=0", "data.image_size=32"]
-    if recipe.load(name).train.full_net_epochs:
-        small += ["train.epochs=2", "train.full_net_epochs=1"]
+    if recipe.load(name).train.full_net_share:
+        small += ["train.epochs=2"]  # one of which is the full-net's
     run = RunFolder.create(tmp_path / "run", recipe.load(name, [f"data.source={folder}", "data.workers=1", *small]))
     summary = train(run, Quiet())
     assert run.metrics()[-1]["step"] >= 3

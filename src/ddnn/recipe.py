@@ -20,7 +20,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
 Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
 Option = Scalar | list[Scalar]
@@ -157,7 +156,7 @@ class Objective(Section):
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
     ramp: tuple[Share, Share] = (0.0, 0.0)
     """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between. Not
-    needed after `train.full_net_epochs`: that full-net knows enough to teach at once."""
+    needed after a `train.full_net_share`: that full-net knows enough to teach at once."""
     teacher: Path | None = None
     """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
@@ -217,11 +216,12 @@ class Train(Section):
     """The loop."""
 
     epochs: Count = 12
-    full_net_epochs: Whole = 0
-    """How many of these, at the beginning, are the full-net's alone. Its sub-nets then join it, starting from its
+    full_net_share: Fraction = 0.0
+    """Share of them, at the beginning, that is the full-net's alone. Its sub-nets then join it, starting from its
     weights, norms and classifier. With 0 all nets begin together."""
-    alone_epochs: Count | None = None
-    """Epochs of a net that is trained by itself (`network.alone`, and in comparisons); `epochs` if not given."""
+    alone_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Epochs of a net that is trained by itself (`network.alone`, and in comparisons), as a share of `epochs`. Below 1
+    it makes a comparison one of equal work, where a step of all nets costs less than a step of each."""
     batch_size: Count = 128
     """Images per optimiser step."""
     accumulate: Count = 1
@@ -251,15 +251,21 @@ class Train(Section):
     patience_minutes: Positive = 5.0
     """Several processes only: how long one waits for another before it ends the training."""
 
+    @property
+    def full_net_epochs(self) -> int:
+        """Epochs of the full-net by itself."""
+        return min(round(self.full_net_share * self.epochs), self.epochs - 1)
+
+    @property
+    def alone_epochs(self) -> int:
+        """Epochs of a net that is trained by itself."""
+        return max(round(self.alone_share * self.epochs), 1)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.lean and self.compile:
             raise ValueError(
                 "lean=true goes block by block and can't be compiled; set one of lean and compile to false"
-            )
-        if self.full_net_epochs >= self.epochs:
-            raise ValueError(
-                f"full_net_epochs={self.full_net_epochs} must be below epochs={self.epochs}: sub-nets join after them"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
@@ -287,12 +293,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        for key in ("epochs", "alone_epochs"):
-            epochs = getattr(self.train, key)
-            if epochs is not None and self.schedule.warmup_epochs >= epochs:
-                raise ValueError(
-                    f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be below train.{key}={epochs}"
-                )
+        if self.schedule.warmup_epochs >= self.train.alone_epochs:
+            alone = "" if self.train.alone_share == 1 else f", of which a net alone has {self.train.alone_epochs}"
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} must be below "
+                f"train.epochs={self.train.epochs}{alone}"
+            )
         return self
 
     def to_toml(self) -> str:
@@ -340,8 +346,8 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 def by_itself(recipe: Recipe) -> Recipe:
     """With as many epochs as a net has that is trained by itself."""
-    epochs = recipe.train.alone_epochs or recipe.train.epochs
-    return changed(recipe, train={"epochs": epochs, "full_net_epochs": 0, "alone_epochs": None})
+    train = {"epochs": recipe.train.alone_epochs, "full_net_share": 0.0, "alone_share": 1.0}
+    return changed(recipe, train=train)
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:

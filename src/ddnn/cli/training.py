@@ -43,9 +43,9 @@ def train(
 
       ddnn train --resume runs/first
 
-    The full-net by itself for the first 15 epochs; its sub-nets then join it:
+    The full-net by itself for half of the epochs; its sub-nets then join it:
 
-      ddnn train my.toml train.epochs=30 train.full_net_epochs=15
+      ddnn train my.toml train.full_net_share=0.5
 
     With several processes, on one host or many (--out is needed; the same command again goes on where it was):
 
@@ -151,8 +151,8 @@ def compare(
     (each depth with a separately trained full-net as teacher), ekd-pretrained
     (all nets start from the full-net of alone and are taught by it as it was),
     adaptive-depth (sub-nets learn from the full-net's posteriors only). Nets
-    alone train for train.alone_epochs, where the recipe says so. The test set is
-    used once per training, after its last epoch.
+    alone have the share of the epochs that train.alone_share gives them. The
+    test set is used once per training, after its last epoch.
 
       ddnn compare cifar100-resnet8-14-20 --seeds 3 --out runs/fair
 

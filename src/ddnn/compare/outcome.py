@@ -73,7 +73,6 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
 
     `macs_per_step` is a method's MACs in all, divided by the steps of one net's training alone.
     """
-    alone_epochs = recipe.train.alone_epochs or recipe.train.epochs
     summaries = {job.name: summary_of(folder, job) for job in jobs}
     done = {name: summary for name, summary in summaries.items() if summary}
     about = {name: _about(folder, name) for name in done}
@@ -84,7 +83,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         "seeds": [recipe.train.seed + seed for seed in seeds],
         "epochs": recipe.train.epochs,
         "full_net_epochs": recipe.train.full_net_epochs,
-        "alone_epochs": alone_epochs,
+        "alone_epochs": recipe.train.alone_epochs,
         "complete": len(done) == len(jobs),
         "nets": {},
         "methods": {},
@@ -115,7 +114,7 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
                 data = about[next(iter(all_jobs))]["data"]
                 size, classes = data["image_size"], len(data["classes"])
                 per_image = sum(sum(_costs(job.recipe, size, classes)) for job in all_jobs.values())
-                steps.append(recipe.train.batch_size * per_image / alone_epochs)
+                steps.append(recipe.train.batch_size * per_image / recipe.train.alone_epochs)
         content["methods"][method] = {
             "subnets": top1,
             "seconds": statistics.mean(seconds) if seconds else None,

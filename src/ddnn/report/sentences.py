@@ -180,7 +180,7 @@ def notes(summary: Summary) -> list[str]:
         found.append(
             f"All nets together have {comparison.epochs} epochs; in the first {comparison.full_net_epochs} of them the "
             "full-net learns by itself, and then its sub-nets join it. "
-            f"A net alone has {comparison.alone_epochs or comparison.epochs}."
+            f"A net alone has {comparison.alone_epochs}."
         )
     found.append(
         "Costs are those of all trainings that give all nets, a full-net's that is trained before them included: "
