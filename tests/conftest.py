@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,11 @@ def trainings_of(folder: Path) -> list[int]:
         if str(folder / "runs").encode() in command:
             found.append(int(path.parent.name))
     return found
+
+
+def exact(run: RunFolder) -> list[dict[str, Any]]:
+    """The metrics without what depends on the machine's mood."""
+    return [{k: v for k, v in epoch.items() if k not in ("seconds", "memory_mb")} for epoch in run.metrics()]
 
 
 class Quiet(trainer.Silent):

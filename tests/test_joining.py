@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TINY, Quiet
+from conftest import TINY, Quiet, exact
 from ddnn import recipe as recipes
+from ddnn.branchwise import branchwise_backward
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.compare.plan import alone
@@ -67,10 +68,7 @@ def test_until_they_join_it_learns_as_if_alone(tiny: Make, how: tuple[str, ...])
     alone = tiny("alone", "train.epochs=3", "network.alone=resnet20", *how)
     train(run, Quiet())
     train(alone, Quiet())
-    drop = ("seconds", "memory_mb")
-    ours, theirs = (
-        [{k: v for k, v in epoch.items() if k not in drop} for epoch in each.metrics()] for each in (run, alone)
-    )
+    ours, theirs = exact(run), exact(alone)
     assert ours[:2] == theirs[:2]
     assert set(ours[0]["validation"]) == set(ours[0]["train_top1"]) == {"resnet20"}
     assert set(ours[2]["validation"]) == set(ours[2]["train_top1"]) == {"resnet8", "resnet14", "resnet20"}
@@ -106,8 +104,6 @@ def test_all_begin_together_unless_told_otherwise(tiny: Make, monkeypatch: pytes
 
 
 def test_the_lean_step_runs_whom_it_is_told_to() -> None:
-    from ddnn.branchwise import branchwise_backward
-
     torch.manual_seed(0)
     net = nest(resnet(20, num_classes=10, width=4), TABLE).train()
     plain = copy.deepcopy(net)

@@ -404,9 +404,8 @@ def test_curves_begin_with_the_full_net_that_was_first(tmp_path: Path) -> None:
     figure = learning(summarise(content), found.train, "training")
     assert figure is not None
     assert all(map(math.isfinite, figure.axes[0].get_ylim()))
-    elsewhere = recipe.changed(
-        started, network={"weights": folder / "runs" / "alone-big-seed0"}
-    )  # of nobody's knowledge
+    # a run elsewhere, of which the comparison knows nothing
+    elsewhere = recipe.changed(started, network={"weights": folder / "runs" / "alone-big-seed0"})
     (folder / "runs" / "ekd-seed0" / "recipe.toml").write_text(elsewhere.to_toml())
     assert read_curves(folder, parse(content)).train["ekd", "big"] == pytest.approx([0.1, 0.2])
 

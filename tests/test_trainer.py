@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import TINY, Quiet
+from conftest import TINY, Quiet, exact
 from ddnn import data, recipe, trainer
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
@@ -43,11 +43,6 @@ def assert_bitwise(a: RunFolder, b: RunFolder) -> None:
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
-
-
-def exact(run: RunFolder) -> list[dict[str, object]]:
-    """The metrics without what depends on the machine's mood."""
-    return [{k: v for k, v in epoch.items() if k not in ("seconds", "memory_mb")} for epoch in run.metrics()]
 
 
 def test_a_run_leaves_what_it_promises(tiny: Make) -> None:

@@ -137,23 +137,26 @@ class State:
         return self.objective.at(self.step / (self.recipe.train.epochs * self.steps_per_epoch))
 
     @property
-    def learning(self) -> list[str]:
-        """The nets that learn at this point of the run: the full-net alone, as long as its sub-nets wait."""
-        waiting = self.step < self.recipe.train.full_net_epochs * self.steps_per_epoch
-        return [self.net.full_name] if waiting else list(self.net.depths)
+    def join_step(self) -> int:
+        """Optimiser steps after which sub-nets join; 0 where all nets begin together."""
+        return self.recipe.train.full_net_epochs * self.steps_per_epoch
+
+    @property
+    def learning(self) -> list[str] | None:
+        """The nets that learn at this point of the run: None for all, the full-net as long as its sub-nets wait."""
+        return [self.net.full_name] if self.step < self.join_step else None
 
     @property
     def averaging_now(self) -> DistributedDataParallel | None:
         """`averaging`, which waits for a gradient of every parameter, and so is of no use while sub-nets wait."""
-        return self.averaging if len(self.learning) == len(self.net.depths) else None
+        return self.averaging if self.learning is None else None
 
     def outputs(self, images: Tensor) -> dict[str, Output]:
         """What the nets that learn make of images [N, 3, H, W]."""
-        learning = self.learning
-        if len(learning) == len(self.net.depths):
+        if self.learning is None:
             return self.forward(images)
         forward = self.forward if self.averaging is None else self.net
-        return forward(images, only=learning)
+        return forward(images, only=self.learning)
 
     def join(self) -> None:
         """Let the sub-nets start from what the full-net is now."""

@@ -171,7 +171,7 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
     """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it."""
     train, steps, processes = state.recipe.train, state.steps_per_epoch, state.processes
     epoch, start = divmod(state.step, steps)
-    if train.full_net_epochs and state.step == train.full_net_epochs * steps:
+    if 0 < state.step == state.join_step:
         state.join()
     batches = data.train_batches(
         dataset, state.recipe, epoch=epoch, start=start, device=state.device, part=processes.part

@@ -54,7 +54,8 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a
 def _macs_per_image(network_json: str, size: int, classes: int) -> tuple[int, int, int]:
     """MACs of one image forward: through the deepest net that is trained, through all that are, through a teacher."""
     network = Network.model_validate_json(network_json).unweighted()
-    net, whole = (build(each, classes, size) for each in (network, network.model_copy(update={"alone": None})))
+    whole = build(network.model_copy(update={"alone": None}), classes, size)
+    net = whole if network.alone is None else whole.alone(network.alone)
     return macs(net.nets[net.full_name], size), macs(net, size), macs(whole.nets[whole.full_name], size)
 
 
@@ -63,9 +64,8 @@ def _costs(recipe: Recipe, size: int | None = None, classes: int = 10) -> list[i
     size = size or recipe.data.image_size or 32
     full, tree, teacher = _macs_per_image(recipe.network.model_dump_json(), size, classes)
     taught = teacher if recipe.objective.teacher is not None else 0
-    train = recipe.train
-    first = train.full_net_epochs
-    return [3 * full + taught] * first + [3 * tree + taught] * (train.epochs - first)
+    first = recipe.train.full_net_epochs
+    return [3 * full + taught] * first + [3 * tree + taught] * (recipe.train.epochs - first)
 
 
 def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:

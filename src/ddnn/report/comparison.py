@@ -175,7 +175,10 @@ def _epochs(folder: Path, runs: Iterable[str], curves: Curves) -> list[Scores]:
                 epochs = RunFolder.open(run.path / began).metrics() + epochs
             found += _until_they_join(
                 [
-                    (epoch["train_top1"], {net: top["top1"] for net, top in epoch.get("validation", {}).items()})
+                    (
+                        epoch.get("train_top1", {}),
+                        {net: top["top1"] for net, top in epoch.get("validation", {}).items()},
+                    )
                     for epoch in epochs
                 ]
             )
