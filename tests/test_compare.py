@@ -117,6 +117,18 @@ def test_methods_differ_in_nothing_but_what_they_say() -> None:
     }
 
 
+def test_a_finished_network_teaches_all_nets_alike() -> None:
+    recipe = tiny_recipe(
+        "objective.kl={resnet8=2, resnet14=0.5}", "objective.attention.resnet8=0", "objective.attention.resnet14=3"
+    )
+    jobs = {job.name: job.recipe.objective for job in plan(recipe, METHODS, 1, NETS)}
+    assert jobs["ekd-seed0"].kl == {"resnet8": 2, "resnet14": 0.5}
+    assert jobs["kl-seed0"].kl == {"resnet8": 2, "resnet14": 0.5}
+    for name in ("two-model-kd-resnet14-seed0", "two-model-kd-resnet20-seed0", "ekd-pretrained-seed0"):
+        assert (jobs[name].kl, jobs[name].attention) == (2, 3)
+    assert (jobs["adaptive-depth-seed0"].kl, jobs["adaptive-depth-seed0"].attention) == (1, 0)
+
+
 def test_nets_alone_have_epochs_of_their_own() -> None:
     recipe = tiny_recipe("train.epochs=5", "train.full_net_share=0.4", "train.alone_share=0.6")
     jobs = {job.name.removesuffix("-seed0"): job.recipe for job in plan(recipe, METHODS, 1, NETS)}

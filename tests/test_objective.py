@@ -137,6 +137,22 @@ def test_terms_are_the_formula_of_the_method() -> None:
         torch.testing.assert_close(terms[name], value)
 
 
+def test_every_weight_may_be_given_by_name() -> None:
+    outputs, target = small()(randn(4, 3, 16, 16)), torch.tensor([0, 1, 2, 3])
+    terms = EKD(
+        kl={"resnet8": 0.7, "resnet14": 0},
+        attention={"resnet8": 0, "resnet14": 2},
+        subnet_weight={"resnet14": 3, "resnet8": 5},
+    )(outputs, target)
+    assert list(terms) == ["resnet20/ce", "resnet8/ce", "resnet8/kl", "resnet14/ce", "resnet14/attention"]
+    whole = EKD()(outputs, target)
+    for name, factor in {"resnet8/kl": 3.5, "resnet14/ce": 3, "resnet14/attention": 6}.items():
+        torch.testing.assert_close(terms[name], factor * whole[name])
+    with_ramp = EKD(kl={"resnet8": 0.8, "resnet14": 0.4}, attention=0, ramp=(0.0, 1.0))
+    assert with_ramp.at(0.25).kl == {"resnet8": 0.2, "resnet14": 0.1}
+    assert with_ramp.at(0.25).attention == 0
+
+
 def test_distillation_gives_no_gradient_to_blocks_only_the_full_net_has() -> None:
     net = small()
     terms = EKD()(net(randn(4, 3, 16, 16)), torch.tensor([0, 1, 2, 3]))
@@ -208,6 +224,7 @@ def test_labels_may_be_mixed_or_smoothed() -> None:
     [
         ({"temperature": 0}, "temperature=0 must be above 0"),
         ({"kl": -1}, "must not be negative"),
+        ({"attention": {"resnet8": 1, "resnet14": -1}}, "must not be negative"),
         ({"attention_map": "mean"}, "'mean' is not one of power, softmax"),
     ],
 )
@@ -217,8 +234,9 @@ def test_bad_weights(arguments: dict[str, object], message: str) -> None:
 
 
 def test_a_sub_net_without_a_weight_is_named() -> None:
-    with pytest.raises(DDNNError, match="subnet_weight names resnet8, but not the sub-net resnet14"):
-        EKD(subnet_weight={"resnet8": 1.0})(small()(randn(2, 3, 16, 16)), torch.tensor([0, 1]))
+    for what in ("kl", "attention", "subnet_weight"):
+        with pytest.raises(DDNNError, match=f"{what} names resnet8, but not the net resnet14, which is taught too"):
+            EKD(**{what: {"resnet8": 1.0}})(small()(randn(2, 3, 16, 16)), torch.tensor([0, 1]))
 
 
 def test_in_somebody_elses_loop() -> None:

@@ -263,10 +263,24 @@ def test_a_recalibrated_run_validates_what_it_keeps(tiny: Make) -> None:
     assert accuracy(net, batches) == summary["validation"]
 
 
-def test_subnet_weights_must_name_the_sub_nets(tiny: Make) -> None:
-    run = tiny("run", "objective.subnet_weight.resnet8=1", "objective.subnet_weight.resnt14=1")
-    with pytest.raises(DDNNError, match="subnet_weight names resnet8, resnt14, but the sub-nets are"):
+@pytest.mark.parametrize("what", ["subnet_weight", "kl", "attention"])
+def test_weights_must_name_the_sub_nets(tiny: Make, what: str) -> None:
+    run = tiny("run", f"objective.{what}.resnet8=1", f"objective.{what}.resnt14=1")
+    sentence = f"{what} names resnet8, resnt14, but the nets that are taught are resnet8, resnet14"
+    with pytest.raises(DDNNError, match=sentence):
         train(run, Quiet())
+
+
+def test_weights_by_name_are_those_of_every_net_where_another_network_teaches(tiny: Make, tmp_path: Path) -> None:
+    train(tiny("teacher", "network.alone=resnet20", "objective.kl={resnet8=1, resnet14=0}"), Quiet())  # none is taught
+    taught = (f"objective.teacher={tmp_path}/teacher", "train.epochs=1")
+    with pytest.raises(
+        DDNNError, match="kl names resnet8, but the nets that are taught are resnet8, resnet14, resnet20"
+    ):
+        train(tiny("short", *taught, "objective.kl={resnet8=1}"), Quiet())
+    run = tiny("run", *taught, "objective.kl={resnet8=1, resnet14=0, resnet20=2}", "objective.attention=0")
+    train(run, Quiet())
+    assert set(run.metrics()[0]["terms"]) == {"resnet8/ce", "resnet8/kl", "resnet14/ce", "resnet20/ce", "resnet20/kl"}
 
 
 @pytest.mark.slow

@@ -57,9 +57,16 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
 def check(recipe: Recipe) -> None:
     """Raise what is wrong with the recipe's networks, without their weights or data."""
     net = build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size)
+    make_objective(recipe, net)
+
+
+def make_objective(recipe: Recipe, net: DDNN) -> EKD:
+    """The recipe's objective for this network; `DDNNError` where it weighs other nets than are taught."""
     objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
-    if len(net.depths) > 1:
-        objective.check(list(net.depths)[:-1])
+    students = list(net.depths) if recipe.objective.teacher is not None else list(net.depths)[:-1]
+    if students:
+        objective.check(students)
+    return objective
 
 
 def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) -> None:

@@ -4,8 +4,8 @@ For a batch, z_k the logits of net k, K the full-net, F_ks its feature at the en
 
     L = CE(z_K, y)
       + sum over sub-nets k of w_k * [ CE(z_k, y)
-          + lambda_kl * T^2 * KL( softmax(sg z_K / T) || softmax(z_k / T) )
-          + lambda_at * mean over stages s of || a(F_ks) - sg a(F_Ks) ||^2 ]
+          + lambda_kl,k * T^2 * KL( softmax(sg z_K / T) || softmax(z_k / T) )
+          + lambda_at,k * mean over stages s of || a(F_ks) - sg a(F_Ks) ||^2 ]
 
 `sg` stops the gradient. The terms are those of arXiv 2103.00793 (KL on class posteriors, attention distillation on
 features of the same resolution); formulas and weights are this project's. With a single net, L is cross-entropy.
@@ -23,6 +23,14 @@ from ddnn.errors import DDNNError
 from ddnn.network import Output
 
 AttentionMap = Literal["power", "softmax"]
+Weight = float | Mapping[str, float]
+"""Of a term of the objective: one for all students, or one by name."""
+
+
+def _times(weight: Weight, factor: float) -> Weight:
+    if isinstance(weight, Mapping):
+        return {name: factor * value for name, value in weight.items()}
+    return factor * weight
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -137,8 +145,8 @@ def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], att
 class EKD:
     """The objective as a callable: `terms = EKD()(net(x), target)`, then `sum(terms.values()).backward()`.
 
-    Arguments are the weights of the formula above: `kl` is lambda_kl, `attention` lambda_at, `subnet_weight` w_k as one
-    number for all sub-nets or one by name. A term whose weight is 0 is not computed and does not appear. With
+    Arguments are the weights of the formula above, each one number for all sub-nets or one by name: `kl` is lambda_kl,
+    `attention` lambda_at, `subnet_weight` w_k. A term whose weight is 0 is not computed and does not appear. With
     `labels="full-net"` the sub-nets learn by distillation alone, without their cross-entropy. `ramp` holds distillation
     back at first, see `at`.
     """
@@ -146,19 +154,23 @@ class EKD:
     def __init__(
         self,
         temperature: float = 3.0,
-        kl: float = 1.0,
-        attention: float = 1.0,
+        kl: Weight = 1.0,
+        attention: Weight = 1.0,
         *,
         attention_map: AttentionMap = "power",
-        subnet_weight: float | Mapping[str, float] = 1.0,
+        subnet_weight: Weight = 1.0,
         labels: Literal["all", "full-net"] = "all",
         label_smoothing: float = 0.0,
         ramp: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         if not temperature > 0:
             raise DDNNError(f"temperature={temperature} must be above 0")
-        weights = subnet_weight.values() if isinstance(subnet_weight, Mapping) else [subnet_weight]
-        if min(kl, attention, *weights, label_smoothing) < 0:
+        weights = [
+            number
+            for weight in (kl, attention, subnet_weight)
+            for number in (weight.values() if isinstance(weight, Mapping) else [weight])
+        ]
+        if min(label_smoothing, *weights) < 0:
             raise DDNNError("kl, attention, subnet_weight and label_smoothing must not be negative")
         if attention_map not in ATTENTION_MAPS:
             raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
@@ -186,7 +198,7 @@ class EKD:
             return self
         strength = 0.0 if progress <= first else (progress - first) / (second - first)
         now = copy.copy(self)
-        now.kl, now.attention = strength * self.kl, strength * self.attention
+        now.kl, now.attention = _times(self.kl, strength), _times(self.attention, strength)
         return now
 
     def __call__(
@@ -207,35 +219,37 @@ class EKD:
                 full, teacher = students.popitem()
                 terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
             # what the teacher has to say is the same for all students
-            teacher_maps = _maps(teacher.features, self.attention_map) if self.attention and students else []
-            log_p = _log_posterior(teacher.logits.detach(), self.temperature) if self.kl and students else None
+            shown = any(self._weight("attention", name) for name in students)
+            teacher_maps = _maps(teacher.features, self.attention_map) if shown else []
+            told = any(self._weight("kl", name) for name in students)
+            log_p = _log_posterior(teacher.logits.detach(), self.temperature) if told else None
             for name, student in students.items():
-                weight = self._weight(name)
+                weight = self._weight("subnet_weight", name)
                 if weight == 0:
                     continue
                 if self.labels == "all":
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
-                if log_p is not None:
-                    terms[f"{name}/kl"] = weight * self.kl * _kl(student.logits, log_p, self.temperature)
-                if self.attention:
+                kl, attention = self._weight("kl", name), self._weight("attention", name)
+                if log_p is not None and kl:
+                    terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
+                if attention:
                     distance = _map_distance(student.features, teacher_maps, self.attention_map)
-                    terms[f"{name}/attention"] = weight * self.attention * distance
+                    terms[f"{name}/attention"] = weight * attention * distance
         return terms
 
-    def check(self, subnets: Iterable[str]) -> None:
-        """Raise `DDNNError` unless `subnet_weight`, where it is given by name, names these sub-nets and no others."""
-        if isinstance(self.subnet_weight, Mapping):
-            wanted = set(subnets)
-            surplus = [name for name in self.subnet_weight if name not in wanted]
-            missing = wanted - set(self.subnet_weight)
-            if surplus or missing:
-                raise DDNNError(
-                    f"subnet_weight names {', '.join(self.subnet_weight)}, but the sub-nets are {', '.join(wanted)}"
-                )
+    def check(self, students: Iterable[str]) -> None:
+        """Raise `DDNNError` unless every weight that is given by name names these nets and no others."""
+        wanted = list(students)
+        for what in ("kl", "attention", "subnet_weight"):
+            weight = getattr(self, what)
+            if isinstance(weight, Mapping) and set(weight) != set(wanted):
+                taught = ", ".join(wanted) or "none, as there is no teacher"
+                raise DDNNError(f"{what} names {', '.join(weight)}, but the nets that are taught are {taught}")
 
-    def _weight(self, name: str) -> float:
-        if not isinstance(self.subnet_weight, Mapping):
-            return self.subnet_weight
-        if name not in self.subnet_weight:
-            raise DDNNError(f"subnet_weight names {', '.join(self.subnet_weight)}, but not the sub-net {name}")
-        return self.subnet_weight[name]
+    def _weight(self, what: str, name: str) -> float:
+        weight: Weight = getattr(self, what)
+        if not isinstance(weight, Mapping):
+            return weight
+        if name not in weight:
+            raise DDNNError(f"{what} names {', '.join(weight)}, but not the net {name}, which is taught too")
+        return weight[name]

@@ -18,11 +18,17 @@ from ddnn.errors import RecipeError
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = NonNegative | dict[str, NonNegative]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Depths = tuple[Count, ...]
 Scalar = bool | int | float | str
 Option = Scalar | list[Scalar]
+
+
+def largest(weight: Weight) -> float:
+    """Of a weight of the objective, the largest that a net has."""
+    return max(weight.values(), default=0.0) if isinstance(weight, dict) else weight
 
 
 class Section(BaseModel):
@@ -144,14 +150,15 @@ class Objective(Section):
 
     temperature: Positive = 3.0
     """T: softens both posteriors in the KL term."""
-    kl: NonNegative = 1.0
-    """lambda_kl: weight of the KL divergence from the full-net's class posteriors; 0 leaves the term out."""
-    attention: NonNegative = 1.0
-    """lambda_at: weight of the attention distance at features of the same resolution; 0 leaves the term out."""
+    kl: Weight = 1.0
+    """lambda_kl: weight of the KL divergence from the full-net's class posteriors, one number for all sub-nets or one
+    by name; 0 leaves the term out."""
+    attention: Weight = 1.0
+    """lambda_at: weight of the attention distance at features of the same resolution, likewise."""
     attention_map: Literal["power", "softmax"] = "power"
     """`power`: sum over channels of squares, unit length; `softmax`: its spatial softmax (Hou et al. 2019)."""
-    subnet_weight: NonNegative | dict[str, NonNegative] = 1.0
-    """w_k: weight of all terms of a sub-net, one number for all or one by name; the full-net's weight is 1."""
+    subnet_weight: Weight = 1.0
+    """w_k: weight of all terms of a sub-net, likewise; the full-net's weight is 1."""
     labels: Literal["all", "full-net"] = "all"
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
     ramp: tuple[Share, Share] = (0.0, 0.0)
@@ -161,6 +168,11 @@ class Objective(Section):
     """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
     label_smoothing: Fraction = 0.0
     """Share of the label's probability that is spread over all classes."""
+
+    @property
+    def distils(self) -> bool:
+        """Whether a sub-net is taught by more than labels."""
+        return largest(self.kl) > 0 or largest(self.attention) > 0
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Self:
@@ -287,7 +299,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sub_nets_learn_something(self) -> Self:
-        if self.objective.labels == "full-net" and self.objective.kl == 0 and self.objective.attention == 0:
+        if self.objective.labels == "full-net" and not self.objective.distils:
             raise ValueError("objective.labels=full-net needs objective.kl or objective.attention above 0")
         return self
 

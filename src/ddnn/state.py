@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ddnn.build import make_objective
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
@@ -112,9 +113,7 @@ class State:
         net.to(device, dtype=kind, memory_format=layout).train()  # type: ignore[call-overload]
         processes.share([*net.parameters(), *net.buffers()])
         forward = net if recipe.train.lean or processes.count == 1 else processes.wrap(net)
-        objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
-        if len(net.depths) > 1:
-            objective.check(list(net.depths)[:-1])
+        objective = make_objective(recipe, net)
         optimizer = make_optimizer(net, recipe.optim)
         average = get_ema_multi_avg_fn(recipe.train.ema)
         return cls(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.errors import RecipeError
-from ddnn.recipe import Recipe, by_itself, changed
+from ddnn.recipe import Recipe, by_itself, changed, largest
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,6 @@ class Job:
     """The job that has to be finished before."""
 
 
-PLAIN = {"subnet_weight": 1.0, "ramp": (0.0, 0.0)}
-"""Of the objective where a finished network teaches: all nets are its students, from the first step on."""
 Trainings = list[tuple[str, Recipe, str | None]]
 """Of one method and seed: ending of the name, recipe, name of the training that has to be finished before."""
 Method = Callable[[Recipe, list[str], int], Trainings]
@@ -40,6 +38,12 @@ def alone(recipe: Recipe, net: str) -> Recipe:
     return changed(by_itself(recipe), network={"alone": net}, objective={"teacher": None})
 
 
+def _by(trained: Path, recipe: Recipe) -> dict[str, Any]:
+    """The objective where a finished network teaches: all nets are its students alike, from the first step on."""
+    kl, attention = largest(recipe.objective.kl), largest(recipe.objective.attention)
+    return {"teacher": trained, "kl": kl, "attention": attention, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+
+
 def nested(recipe: Recipe, trained: Path) -> Recipe:
     """The recipe of all nets from a trained full-net on, for as many epochs, and taught by it as it was, itself too.
 
@@ -47,7 +51,7 @@ def nested(recipe: Recipe, trained: Path) -> Recipe:
     step on, so there is no `ramp`, and as a student it weighs as much as any other net.
     """
     network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
-    return changed(by_itself(recipe), network=network, objective={"teacher": trained, **PLAIN})
+    return changed(by_itself(recipe), network=network, objective=_by(trained, recipe))
 
 
 def _alone(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
@@ -62,8 +66,7 @@ def _full_net(nets: list[str], seed: int) -> tuple[str, Path]:
 
 def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, teacher = _full_net(nets, seed)
-    objective = {"teacher": teacher, **PLAIN}
-    return [(f"-{net}", changed(alone(recipe, net), objective=objective), needed) for net in nets]
+    return [(f"-{net}", changed(alone(recipe, net), objective=_by(teacher, recipe)), needed) for net in nets]
 
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:

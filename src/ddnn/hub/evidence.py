@@ -70,7 +70,7 @@ def of_run(run: RunFolder, comparison: Path | None = None) -> Evidence:
         test_images=summary["dataset"]["test_images"],
         latency=summary["latency"],
         training={what: value for what, value in training.items() if value},
-        taught=len(summary["subnets"]) > 1 and run.recipe.objective.kl + run.recipe.objective.attention > 0,
+        taught=len(summary["subnets"]) > 1 and run.recipe.objective.distils,
         recipe=without_folders(run.recipe.to_toml()),
         comparison=None if comparison is None else _matching(comparison, run, summary),
     )
