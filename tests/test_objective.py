@@ -10,7 +10,16 @@ import ddnn
 from ddnn.errors import DDNNError
 from ddnn.families import build
 from ddnn.network import DDNN, Output, nest
-from ddnn.objective import EKD, _energy, attention_distance, cross_entropy, kl_divergence, power_map, softmax_map
+from ddnn.objective import (
+    EKD,
+    AttentionMap,
+    _energy,
+    attention_distance,
+    cross_entropy,
+    kl_divergence,
+    power_map,
+    softmax_map,
+)
 
 generator = torch.Generator().manual_seed(0)
 
@@ -196,6 +205,24 @@ def test_a_separate_teacher_teaches_every_net() -> None:
 def test_sub_nets_may_learn_by_distillation_alone() -> None:
     outputs, target = small()(randn(2, 3, 16, 16)), torch.tensor([0, 1])
     assert list(EKD(attention=0, labels="full-net")(outputs, target)) == ["resnet20/ce", "resnet8/kl", "resnet14/kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own doing
+@pytest.mark.parametrize("attention_map", ["power", "softmax"])
+def test_compiled_terms_and_gradients_are_the_same_within_rounding(attention_map: AttentionMap) -> None:
+    x, target, found = randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 3]), []
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for objective in (EKD(attention_map=attention_map), EKD(attention_map=attention_map).compile()):
+        net = small().double()
+        terms = objective(net(x), target)
+        torch.stack(list(terms.values())).sum().backward()
+        found.append({**terms, **{name: p.grad for name, p in net.named_parameters()}})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2, (
+        "the teacher's maps, the students' distances"
+    )
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_terms_are_float32_under_autocast() -> None:

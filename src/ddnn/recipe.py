@@ -247,7 +247,7 @@ class Train(Section):
     """`bf16`: autocast of matrix products and convolutions; losses stay in float32. `float64`, slow, is for checks."""
     channels_last: bool = True
     compile: bool = False
-    """`torch.compile` of the training forward."""
+    """`torch.compile` of the attention terms and, on a GPU, of the forward, which on a CPU it makes slower."""
     lean: bool = False
     """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0

@@ -114,12 +114,14 @@ class State:
         processes.share([*net.parameters(), *net.buffers()])
         forward = net if recipe.train.lean or processes.count == 1 else processes.wrap(net)
         objective = make_objective(recipe, net)
+        if recipe.train.compile:
+            objective.compile()
         optimizer = make_optimizer(net, recipe.optim)
         average = get_ema_multi_avg_fn(recipe.train.ema)
         return cls(
             recipe=recipe,
             net=net,
-            forward=torch.compile(forward) if recipe.train.compile else forward,
+            forward=torch.compile(forward) if recipe.train.compile and device.type == "cuda" else forward,
             objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
