@@ -17,7 +17,7 @@ from typing import Any
 from ddnn import recipe as recipes
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, write_atomic
-from ddnn.compare.plan import alone, nested
+from ddnn.compare.plan import alone, from_trained
 from ddnn.display import Display, make_console
 from ddnn.errors import RunError
 from ddnn.recipe import Recipe, changed
@@ -44,7 +44,7 @@ def compare(recipe: Recipe, epochs: int, lr: float, out: Path, *, teacher: bool 
         for name in [*subnets, full]
     }
     after = changed(
-        nested(recipe, (out / f"alone-{full}").resolve()),
+        from_trained(recipe, (out / f"alone-{full}").resolve()),
         objective={} if teacher else {"teacher": None},
         optim={"lr": lr},
         train={"epochs": epochs},

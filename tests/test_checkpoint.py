@@ -42,8 +42,11 @@ def test_what_a_kill_left_half_written_is_swept_up(tiny: Make) -> None:
     run.save_checkpoint(1, {})
     torn = run.path / "checkpoints" / ".step-000000002-x.pt.1.tmp"
     torn.write_bytes(b"half")
-    assert RunFolder.open(run.path).load_checkpoint() == {}
+    looking = RunFolder.open(run.path)
+    assert torn.exists(), "who only looks can't know whether it is being written"
+    looking.sweep()
     assert not torn.exists()
+    assert looking.load_checkpoint() == {}
 
 
 def test_only_the_last_two_checkpoints_are_kept(tiny: Make) -> None:

@@ -124,7 +124,12 @@ def test_a_finished_network_teaches_all_nets_alike() -> None:
     jobs = {job.name: job.recipe.objective for job in plan(recipe, METHODS, 1, NETS)}
     assert jobs["ekd-seed0"].kl == {"resnet8": 2, "resnet14": 0.5}
     assert jobs["kl-seed0"].kl == {"resnet8": 2, "resnet14": 0.5}
-    for name in ("two-model-kd-resnet14-seed0", "two-model-kd-resnet20-seed0", "ekd-pretrained-seed0"):
+    for name in (
+        "alone-resnet8-seed0",
+        "two-model-kd-resnet14-seed0",
+        "two-model-kd-resnet20-seed0",
+        "ekd-pretrained-seed0",
+    ):
         assert (jobs[name].kl, jobs[name].attention) == (2, 3)
     assert (jobs["adaptive-depth-seed0"].kl, jobs["adaptive-depth-seed0"].attention) == (1, 0)
 
@@ -264,6 +269,19 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path: Path, mon
     with pytest.raises(RunError, match=r"4 of 6 trainings failed.*alone-resnet20-seed0 \(see .*log.txt\); two-model"):
         compare(tmp_path / "fair", tiny_recipe(), ["two-model-kd"], 1, watcher)
     assert watcher.ended == ["alone-resnet8-seed0", "alone-resnet14-seed0"]
+
+
+def test_recipes_that_a_method_cannot_have_are_known_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = tiny_recipe("objective.labels=full-net")
+    jobs = {job.name: job.recipe.objective for job in plan(recipe, METHODS, 1, NETS)}
+    assert {name for name, objective in jobs.items() if objective.labels == "full-net"} == {
+        "ekd-seed0", "kl-seed0", "attention-seed0", "adaptive-depth-seed0",
+        *(f"alone-{net}-seed0" for net in NETS),
+    }  # fmt: skip
+    recipe = tiny_recipe("objective.kl={resnet8=1, resnet14=1}", "objective.attention=0", "objective.labels=full-net")
+    with pytest.raises(RecipeError, match=r"what attention makes of the recipe: 1 mistake\n.*needs objective.kl or"):
+        compare(tmp_path / "fair", recipe, ["ekd", "attention"], 1, Silent())
+    assert not (tmp_path / "fair").exists()
 
 
 def test_a_folder_holds_one_recipe(tmp_path: Path) -> None:

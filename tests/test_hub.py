@@ -26,6 +26,7 @@ from ddnn.hub import Config, Evidence, Network, Preprocessing, load_config, save
 from ddnn.hub.card import MARKER
 from ddnn.hub.evidence import without_folders
 from ddnn.network import DDNN, nest
+from ddnn.recipe import changed
 from ddnn.trained import eval_batches, load_data, load_trained
 from ddnn.trainer import train
 
@@ -284,6 +285,25 @@ def test_a_run_inside_a_comparison_finds_it(finished: RunFolder, tmp_path: Path)
     shutil.copytree(finished.path, tmp_path / "fair" / "runs" / "ekd-seed0")
     save_run(RunFolder.open(tmp_path / "fair" / "runs" / "ekd-seed0"), tmp_path / "model")
     assert "94.00 ± 1.00" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("other", ["joint-seed0", "alone-resnet8-seed0"])
+def test_what_a_comparison_says_of_ekd_is_not_said_of_its_other_runs(
+    finished: RunFolder, tmp_path: Path, other: str
+) -> None:
+    comparison_of(finished, tmp_path / "fair")
+    shutil.copytree(finished.path, tmp_path / "fair" / "runs" / other)
+    save_run(RunFolder.open(tmp_path / "fair" / "runs" / other), tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "94.00 ± 1.00" not in card
+    assert "one run with one seed" in card
+
+
+def test_a_comparison_of_another_recipe_is_refused(finished: RunFolder, tmp_path: Path) -> None:
+    comparison_of(finished, tmp_path / "fair")
+    (tmp_path / "fair" / "recipe.toml").write_text(changed(finished.recipe, objective={"kl": 0.5}).to_toml())
+    with pytest.raises(HubError, match="is of another recipe than the run's, with other settings of objective;"):
+        save_run(finished, tmp_path / "model", comparison=tmp_path / "fair")
 
 
 def test_evidence_about_something_else_is_refused(finished: RunFolder, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import ddnn
 from ddnn.checkpoint import distinct
-from ddnn.errors import NestingError
+from ddnn.errors import DDNNError, NestingError
 from ddnn.evaluate import macs, parameters
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
@@ -271,8 +271,12 @@ def test_recalibrated_statistics_are_the_plain_averages() -> None:
     with pytest.warns(UserWarning, match="never recalibrated"):
         net.subnet("resnet8")
     batches = [images(8, 16) + i for i in range(3)]
+    with pytest.raises(DDNNError, match="recalibrate needs at least one batch of images"):
+        ddnn.recalibrate(net, iter([]))
+    assert not net.calibrated
     ddnn.recalibrate(net, batches)
     net.subnet("resnet8")  # and warns no more
+    net.alone("resnet14").subnet("resnet14")
     stem = net.nets["resnet8"].conv1
     means = torch.stack([stem(x).mean(dim=(0, 2, 3)) for x in batches]).mean(dim=0)
     torch.testing.assert_close(net.nets["resnet8"].bn1.running_mean, means)

@@ -111,6 +111,8 @@ def test_a_feature_of_zeros_has_a_finite_gradient() -> None:
 def test_attention_of_another_resolution_is_an_error() -> None:
     with pytest.raises(DDNNError, match="same resolution: 16 positions in the student, 4 in the teacher"):
         attention_distance([randn(1, 2, 4, 4)], [randn(1, 2, 2, 2)])
+    with pytest.raises(DDNNError, match="as many stages in both: 1 in the student, 2 in the teacher"):
+        attention_distance([randn(1, 2, 4, 4)], [randn(1, 2, 4, 4)] * 2)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
@@ -264,6 +266,13 @@ def test_a_sub_net_without_a_weight_is_named() -> None:
     for what in ("kl", "attention", "subnet_weight"):
         with pytest.raises(DDNNError, match=f"{what} names resnet8, but not the net resnet14, which is taught too"):
             EKD(**{what: {"resnet8": 1.0}})(small()(randn(2, 3, 16, 16)), torch.tensor([0, 1]))
+
+
+def test_a_net_without_anything_to_learn_from_is_named() -> None:
+    for weights in ({"kl": {"resnet8": 1, "resnet14": 0}}, {"subnet_weight": {"resnet8": 1, "resnet14": 0}}):
+        objective = EKD(**{"kl": 1, "attention": 0, "labels": "full-net", **weights})
+        with pytest.raises(DDNNError, match="labels=full-net leaves resnet14 nothing to learn from"):
+            objective.check(["resnet8", "resnet14"])
 
 
 def test_in_somebody_elses_loop() -> None:

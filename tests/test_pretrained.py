@@ -97,6 +97,9 @@ def test_a_head_for_other_classes_is_refused_or_fresh(measured: tuple[Path, dict
     assert net.fc.weight.shape == (3, 32)
     assert torch.equal(net.conv1.weight, old.conv1.weight)
     assert torch.equal(net.layer3[2].bn2.running_mean, old.layer3[2].bn2.running_mean)
+    as_many = build(Network(width=8, weights=weights, fresh_classifier=True), 10).nets["resnet20"]
+    assert not torch.equal(as_many.fc.weight, old.fc.weight), "of other classes, though there are as many"
+    assert torch.equal(as_many.conv1.weight, old.conv1.weight)
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,19 @@ def test_sigterm_keeps_the_step_it_came_in(tiny: Make, step: int, monkeypatch: p
     assert exact(run) == exact(whole)
 
 
+def test_sigterm_is_not_taken_for_an_error_of_what_it_interrupts(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("a network that can't run") from error
+
+    monkeypatch.setattr("ddnn.trainer.build", interrupted)
+    run = tiny("run")
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM; go on with: ddnn train --resume {run.path}"):
+        train(run, Quiet())
+
+
 def test_sigterm_between_epochs_ends_at_once(tiny: Make) -> None:
     class Between(Quiet):
         def epoch(self, metrics: dict[str, object]) -> None:

@@ -59,6 +59,12 @@ def test_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytes
         ("train.accumulate=64", "accumulate=64 leaves one image a part"),
         ("train.accumulate=3", "train: accumulate=3 does not divide batch_size=64"),
         ("objective.subnet_weight=-1", "objective.subnet_weight: input should be greater than or equal to 0"),
+        (
+            "objective.kl=-1",
+            "recipe digits: 1 mistake\n  objective.kl: input should be greater than or equal to 0 .given: -1.",
+        ),
+        ("objective.kl.a=-1", "recipe digits: 1 mistake\n  objective.kl.a: input should be greater than or equal to 0"),
+        ("objective.attention=much", "1 mistake\n  objective.attention: input should be a valid number"),
         ("network.subnets.a=[1,0]", "network.subnets.a.1: input should be greater than or equal to 1"),
         ("schedule.warmup_epochs=99", "schedule.warmup_epochs=99 must be below train.epochs=30"),
         ("optim.momentum=0.0", "nesterov needs momentum above 0"),

@@ -263,6 +263,22 @@ def test_a_recalibrated_run_validates_what_it_keeps(tiny: Make) -> None:
     assert accuracy(net, batches) == summary["validation"]
 
 
+def test_a_training_sweeps_up_what_a_kill_left(tiny: Make) -> None:
+    run = tiny("run", "train.epochs=1")
+    (run.path / "checkpoints").mkdir()
+    torn = run.path / "checkpoints" / ".step-000000002-x.pt.1.tmp"
+    torn.write_bytes(b"half")
+    train(run, Quiet())
+    assert not torn.exists()
+
+
+def test_float64_reaches_teacher_and_recalibration(tiny: Make, tmp_path: Path) -> None:
+    train(tiny("teacher", "network.alone=resnet20", "train.epochs=1"), Quiet())
+    double = ("train.precision=float64", "train.epochs=1", f"objective.teacher={tmp_path}/teacher")
+    run = tiny("run", *double, "network.norm=recalibrated")
+    assert train(run, Quiet())["epochs"] == 1
+
+
 @pytest.mark.parametrize("what", ["subnet_weight", "kl", "attention"])
 def test_weights_must_name_the_sub_nets(tiny: Make, what: str) -> None:
     run = tiny("run", f"objective.{what}.resnet8=1", f"objective.{what}.resnt14=1")

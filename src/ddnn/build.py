@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,13 +57,13 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
 def check(recipe: Recipe) -> None:
     """Raise what is wrong with the recipe's networks, without their weights or data."""
     net = build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size)
-    make_objective(recipe, net)
+    make_objective(recipe, list(net.depths))
 
 
-def make_objective(recipe: Recipe, net: DDNN) -> EKD:
-    """The recipe's objective for this network; `DDNNError` where it weighs other nets than are taught."""
+def make_objective(recipe: Recipe, nets: Sequence[str]) -> EKD:
+    """The recipe's objective for these nets, the full-net last; `DDNNError` where it weighs others than are taught."""
     objective = EKD(**recipe.objective.model_dump(exclude={"teacher"}))
-    students = list(net.depths) if recipe.objective.teacher is not None else list(net.depths)[:-1]
+    students = nets if recipe.objective.teacher is not None else nets[:-1]
     if students:
         objective.check(students)
     return objective
@@ -72,7 +72,7 @@ def make_objective(recipe: Recipe, net: DDNN) -> EKD:
 def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) -> None:
     """Load the weights of an ordinary network, or of a run's full-net, strictly; `RecipeError` says what does not fit.
 
-    With `fresh_classifier`, a classifier for another number of classes is left as it is.
+    With `fresh_classifier` the net's classifier is left as it is.
     """
     ours = net.state_dict()
     weights = _of_full_net(_read(path), ours.keys(), path)
@@ -96,17 +96,23 @@ def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) 
                 f"network.weights: {path} was trained for another number of classes: it holds {shapes}; "
                 "network.fresh_classifier=true takes everything but the classifier"
             )
-    kept = {name: tensor for name, tensor in weights.items() if name not in differing}
-    net.load_state_dict(kept, strict=not differing and all(k in weights for k in ours))
+    fresh = _classifier(net) if fresh_classifier else ()
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(fresh)}
+    net.load_state_dict(kept, strict=not fresh and all(k in weights for k in ours))
 
 
 def _only_classes(net: nn.Module, differing: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
     """Whether these tensors differ in nothing but the number of classes."""
-    anatomy, _ = anatomy_of(net)
-    classifier = tuple(f"{layer}." for layer in anatomy.classifier(net))
+    classifier = _classifier(net)
     return all(
         name.startswith(classifier) and theirs.shape[1:] == ours.shape[1:] for name, (theirs, ours) in differing.items()
     )
+
+
+def _classifier(net: nn.Module) -> tuple[str, ...]:
+    """How the names of its tensors begin."""
+    anatomy, _ = anatomy_of(net)
+    return tuple(f"{layer}." for layer in anatomy.classifier(net))
 
 
 def _of_full_net(weights: dict[str, Tensor], names: Collection[str], path: Path) -> dict[str, Tensor]:

@@ -71,10 +71,13 @@ class RunFolder:
         """The run in this folder; `RunError` if it holds none."""
         if not (path / "recipe.toml").is_file():
             raise RunError(f"{path} is no run folder: it has no recipe.toml")
-        for torn in [*path.glob(".*.tmp"), *path.glob("checkpoints/.*.tmp")]:  # left by a kill in the middle of a write
+        return cls(path, recipes.reopen(path / "recipe.toml"))
+
+    def sweep(self) -> None:
+        """Remove what a kill in the middle of a write has left; only for a training that takes the run over."""
+        for torn in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
             with contextlib.suppress(OSError):
                 torn.unlink()
-        return cls(path, recipes.reopen(path / "recipe.toml"))
 
     def unwritten(self) -> "RunFolder":
         """The same run for a process that must not write: whatever it is asked to write is dropped."""
@@ -165,8 +168,9 @@ class RunFolder:
         return sorted((f for f in files if pattern.fullmatch(f.name)), key=lambda f: f.name, reverse=True)
 
     def recipe_digest(self) -> str:
-        """Hex SHA-256 of the resolved recipe."""
-        return hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()
+        """Hex SHA-256 of the resolved recipe, in whatever order it names things."""
+        content = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _digest_as_written(self) -> str:
         """Hex SHA-256 of `recipe.toml` as the run began with it: it lacks settings that later versions brought."""

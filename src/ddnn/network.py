@@ -6,6 +6,7 @@ beginning the blocks are the same modules and run once. No layer knows about dep
 """
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from ddnn.errors import NestingError
+from ddnn.errors import DDNNError, NestingError
 from ddnn.families import anatomy_of
 from ddnn.families.family import Anatomy, Family
 from ddnn.families.split import IndivisibleError
@@ -171,7 +172,10 @@ class DDNN(nn.Module):
     def alone(self, name: str) -> "DDNN":
         """A copy of one net as a DDNN of its own, which has no other."""
         nets = {name: copy.deepcopy(self.nets[self._known(name)])}
-        return DDNN(nets, self.anatomies, self.norm, self.head)
+        alone = DDNN(nets, self.anatomies, self.norm, self.head)
+        if self.norm == "recalibrated":
+            alone.calibrated.copy_(self.calibrated)
+        return alone
 
     def follow_full_net(self) -> None:
         """Give the sub-nets' own norms and classifiers the values they have in the full-net now, as `nest` does."""
@@ -275,7 +279,15 @@ def _differing(net: DDNN, x: Tensor) -> str | None:
 
 
 def recalibrate(net: DDNN, batches: Iterable[Tensor]) -> None:
-    """Recompute the running norm statistics of every net from batches of images [N, C, H, W], as plain averages."""
-    update_bn(batches, net)
+    """Recompute the running norm statistics of every net from batches of images [N, C, H, W], as plain averages.
+
+    Raises `DDNNError` where there is no batch.
+    """
+    coming = iter(batches)
+    first = next(coming, None)
+    if first is None:
+        raise DDNNError("recalibrate needs at least one batch of images; it was given none")
+    kind = next(net.parameters()).dtype
+    update_bn((x.to(kind) for x in itertools.chain([first], coming)), net)
     if net.norm == "recalibrated":
         net.calibrated.fill_(True)

@@ -132,6 +132,10 @@ def _maps(features: Sequence[Tensor], attention_map: AttentionMap) -> list[Tenso
 
 
 def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention_map: AttentionMap) -> Tensor:
+    if len(student) != len(teacher_maps):
+        raise DDNNError(
+            f"attention needs as many stages in both: {len(student)} in the student, {len(teacher_maps)} in the teacher"
+        )
     distances = []
     for feature, theirs in zip(student, teacher_maps, strict=True):
         ours = ATTENTION_MAPS[attention_map](feature)
@@ -250,13 +254,20 @@ class EKD:
         return terms
 
     def check(self, students: Iterable[str]) -> None:
-        """Raise `DDNNError` unless every weight that is given by name names these nets and no others."""
+        """Raise `DDNNError` unless weights by name are of these nets and no others, and each net learns something."""
         wanted = list(students)
         for what in ("kl", "attention", "subnet_weight"):
             weight = getattr(self, what)
             if isinstance(weight, Mapping) and set(weight) != set(wanted):
-                taught = ", ".join(wanted) or "none, as there is no teacher"
-                raise DDNNError(f"{what} names {', '.join(weight)}, but the nets that are taught are {taught}")
+                raise DDNNError(
+                    f"{what} names {', '.join(weight)}, but the nets that are taught are {', '.join(wanted)}"
+                )
+        for name in wanted if self.labels == "full-net" else ():
+            weight, kl, attention = (self._weight(what, name) for what in ("subnet_weight", "kl", "attention"))
+            if not weight * (kl + attention):
+                raise DDNNError(
+                    f"labels=full-net leaves {name} nothing to learn from; give it a weight of kl or attention"
+                )
 
     def _weight(self, what: str, name: str) -> float:
         weight: Weight = getattr(self, what)

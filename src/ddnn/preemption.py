@@ -9,6 +9,10 @@ from pathlib import Path
 from ddnn.errors import Preempted
 
 
+class _AtOnce(BaseException):
+    """Raised wherever the process happens to be, so nothing that handles errors may take it for one."""
+
+
 class Notice:
     """Whether the process was asked to end. Elsewhere than inside `held_back` it then ends at once."""
 
@@ -21,7 +25,7 @@ class Notice:
         """The signal's handler."""
         self.given = True
         if not self._held_back:
-            self.end("")
+            raise _AtOnce
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -47,5 +51,7 @@ def heeded(run: Path) -> Iterator[Notice]:
     before = signal.signal(signal.SIGTERM, notice.take)
     try:
         yield notice
+    except _AtOnce:
+        notice.end("")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ddnn.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Weight = NonNegative | dict[str, NonNegative]
+Weight = Annotated[
+    Annotated[NonNegative, Tag("one")] | Annotated[dict[str, NonNegative], Tag("by name")],
+    Discriminator(lambda given: "by name" if isinstance(given, dict) else "one"),
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Depths = tuple[Count, ...]
@@ -354,6 +357,11 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """The recipe with some fields of some sections changed."""
     parts = {name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
     return recipe.model_copy(update=parts)
+
+
+def validate(recipe: Recipe, place: str) -> None:
+    """Raise `RecipeError` where what `changed` has made does not fit together; `place` is where it says that is."""
+    parse(recipe.model_dump(), place)
 
 
 def by_itself(recipe: Recipe) -> Recipe:

@@ -75,6 +75,13 @@ class Sums:
         return {"images": self.images, "steps": self.steps, "terms": self.terms, "top1": self.top1}
 
 
+def placed(net: DDNN, recipe: Recipe, device: torch.device) -> DDNN:
+    """The net itself, moved to the device, in the precision and memory layout of the recipe's training."""
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    kind = torch.float64 if recipe.train.precision == "float64" else None
+    return net.to(device, dtype=kind, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
 @dataclass
 class State:
     """All that changes while a run goes on."""
@@ -108,12 +115,10 @@ class State:
         cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device, processes: Processes = ALONE
     ) -> "State":
         """The state before the first step, the same in all processes."""
-        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        kind = torch.float64 if recipe.train.precision == "float64" else None
-        net.to(device, dtype=kind, memory_format=layout).train()  # type: ignore[call-overload]
+        placed(net, recipe, device).train()
         processes.share([*net.parameters(), *net.buffers()])
         forward = net if recipe.train.lean or processes.count == 1 else processes.wrap(net)
-        objective = make_objective(recipe, net)
+        objective = make_objective(recipe, list(net.depths))
         if recipe.train.compile:
             objective.compile()
         optimizer = make_optimizer(net, recipe.optim)

@@ -23,7 +23,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from ddnn import data
 from ddnn.branchwise import branchwise_backward
-from ddnn.build import build
+from ddnn.build import build, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
@@ -34,7 +34,7 @@ from ddnn.network import DDNN, recalibrate
 from ddnn.preemption import Notice, heeded
 from ddnn.processes import Processes, check_divides, synchronised_norms, together
 from ddnn.recipe import Recipe
-from ddnn.state import State, Sums
+from ddnn.state import State, Sums, placed
 from ddnn.trained import data_of, eval_batches, load_trained
 
 log = logging.getLogger("ddnn")
@@ -96,6 +96,8 @@ def _train(
     if summary:
         return summary
     check_divides(recipe.train.batch_size, recipe.train.accumulate, processes.count)
+    if processes.first:
+        run.sweep()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     make_deterministic(recipe.train.deterministic)
@@ -111,15 +113,16 @@ def _train(
     net = build(network, len(dataset.classes), dataset.image_size)
     state = State.fresh(recipe, net, steps, device, processes)
     if recipe.objective.teacher is not None:
-        state.teacher = load_teacher(run.path / recipe.objective.teacher, dataset, device)
+        state.teacher = placed(load_teacher(run.path / recipe.objective.teacher, dataset), recipe, device)
     if kept is not None:
         _go_on(state, kept)
     run.write_json("run.json", describe(recipe, dataset, device, processes.count))
-    epochs = [epoch for epoch in run.metrics() if epoch["step"] < state.step + (not state.sums.images)]
+    next_step = state.step + (not state.sums.images)  # an epoch whose end is still to come is told of again
+    epochs = [epoch for epoch in run.metrics() if epoch["step"] < next_step]
 
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
     state.start_clocks()
-    events = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1) if processes.first else None
+    events = SummaryWriter(str(run.path / "tensorboard"), purge_step=next_step) if processes.first else None
     with (
         contextlib.closing(events) if events else contextlib.nullcontext(),
         synchronised_norms(state.net, processes) if recipe.train.sync_norm else contextlib.nullcontext(),
@@ -312,7 +315,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
         "step_cost": step_cost(
             net,
-            state.objective,
+            make_objective(recipe, list(net.depths)),  # never compiled
             x[:part],
             target[:part],
             bf16=recipe.train.precision == "bf16",
@@ -329,12 +332,12 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
     return processes.from_first(summary)  # type: ignore[no-any-return]
 
 
-def load_teacher(path: Path, dataset: DataSet, device: torch.device) -> DDNN:
+def load_teacher(path: Path, dataset: DataSet) -> DDNN:
     """The network of a finished run, at rest; `RunError` if it knows other classes."""
     teacher, about = load_trained(RunFolder.open(path))
     if about["data"]["classes"] != list(dataset.classes):
         raise RunError(f"objective.teacher: the run in {path} was trained on other classes than {dataset.name} has")
-    return teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return teacher
 
 
 def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ddnn import recipe as recipes
-from ddnn.build import build, check
+from ddnn.build import build, check, make_objective
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
 from ddnn.compare.plan import METHODS, Job, plan
@@ -60,7 +60,9 @@ def compare(
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
     nets = list(net.depths)
-    plan(recipe, methods, seeds, nets)  # mistakes show before anything is made
+    for job in plan(recipe, methods, 1, nets):  # mistakes show before anything is made
+        recipes.validate(job.recipe, f"what {job.method} makes of the recipe")
+        make_objective(job.recipe, [job.recipe.network.alone] if job.recipe.network.alone else nets)
     _open(folder, recipe)
     engine = engine or Local()
     try:

@@ -35,16 +35,21 @@ def _joint(**objective: Any) -> Method:
 
 def alone(recipe: Recipe, net: str) -> Recipe:
     """The recipe of one net by itself: its objective is cross-entropy."""
-    return changed(by_itself(recipe), network={"alone": net}, objective={"teacher": None})
+    return changed(by_itself(recipe), network={"alone": net}, objective={**_for_all(recipe), "teacher": None})
+
+
+def _for_all(recipe: Recipe) -> dict[str, Any]:
+    """The weights of its objective where no net is a sub-net of another: of what it gives by name, the largest."""
+    given = recipe.objective
+    return {"kl": largest(given.kl), "attention": largest(given.attention), "subnet_weight": 1.0}
 
 
 def _by(trained: Path, recipe: Recipe) -> dict[str, Any]:
     """The objective where a finished network teaches: all nets are its students alike, from the first step on."""
-    kl, attention = largest(recipe.objective.kl), largest(recipe.objective.attention)
-    return {"teacher": trained, "kl": kl, "attention": attention, "subnet_weight": 1.0, "ramp": (0.0, 0.0)}
+    return {**_for_all(recipe), "teacher": trained, "labels": "all", "ramp": (0.0, 0.0)}
 
 
-def nested(recipe: Recipe, trained: Path) -> Recipe:
+def from_trained(recipe: Recipe, trained: Path) -> Recipe:
     """The recipe of all nets from a trained full-net on, for as many epochs, and taught by it as it was, itself too.
 
     `trained` is the folder of its run, absolute or as seen from the new run's. It knows enough to teach from the first
@@ -71,13 +76,13 @@ def _two_model_kd(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
 
 def _pretrained(recipe: Recipe, nets: list[str], seed: int) -> Trainings:
     needed, trained = _full_net(nets, seed)
-    return [("", nested(recipe, trained), needed)]
+    return [("", from_trained(recipe, trained), needed)]
 
 
 METHODS: dict[str, Method] = {
     "ekd": _joint(),
     "alone": _alone,
-    "joint": _joint(teacher=None, kl=0.0, attention=0.0),
+    "joint": _joint(teacher=None, labels="all", kl=0.0, attention=0.0),
     "kl": _joint(attention=0.0),
     "attention": _joint(kl=0.0),
     "two-model-kd": _two_model_kd,
@@ -92,8 +97,9 @@ networks (NeurIPS 2024): the full-net learns from labels, sub-nets from its post
 only the smallest sub-net is trained; here every sub-net is, since each has norms of its own.
 
 `two-model-kd` trains every depth with the full-net of `alone` as its teacher, by the same terms from the beginning on,
-since that teacher is finished; `ekd-pretrained` goes beyond the paper: all nets begin with the full-net of `alone` and
-are taught by it as it was, itself too, for as many epochs as it was trained for.
+since that teacher is finished; of weights that the recipe gives by name it takes the largest. `ekd-pretrained` goes
+beyond the paper: all nets begin with the full-net of `alone` and are taught likewise by it as it was, itself too, for
+as many epochs as it was trained for.
 """
 
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
 from ddnn.errors import DDNNError, HubError
 from ddnn.evaluate import Measures
 from ddnn.network import DDNN
 from ddnn.report.comparison import Comparison, read
+
+METHOD = ("objective", "optim", "schedule", "augment")
+"""Parts of a recipe in which a run is one of a comparison's method, or another."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,17 @@ class Evidence:
 def of_run(run: RunFolder, comparison: Path | None = None) -> Evidence:
     """What a finished run and the comparison it belongs to say.
 
-    If no folder of a comparison is given, and the run lies in `runs/` of one, that is taken. Nothing tells where on
-    this machine things lie. Raises `HubError` for a comparison of other networks or data.
+    If no folder of a comparison is given, and the run is the `ekd` of one, that is taken: what a card says of a
+    comparison is said of `ekd`. Nothing tells where on this machine things lie. Raises `HubError` for a comparison of
+    other networks, data or settings.
     """
     summary, about = run.read_json("summary.json"), run.read_json("run.json")
     if summary is None or about is None:
         raise HubError(f"the run in {run.path} is not finished; go on with: ddnn train --resume {run.path}")
-    around = run.path.resolve().parent.parent
-    if comparison is None and run.path.resolve().parent.name == "runs" and (around / "comparison.json").is_file():
+    place = run.path.resolve()
+    around = place.parent.parent
+    ours = place.parent.name == "runs" and place.name.startswith("ekd-seed")
+    if comparison is None and ours and (around / "comparison.json").is_file():
         comparison = around
     images = about["data"]["images"]
     first = run.recipe.train.full_net_epochs if len(summary["subnets"]) > 1 else 0
@@ -70,7 +77,7 @@ def of_run(run: RunFolder, comparison: Path | None = None) -> Evidence:
         test_images=summary["dataset"]["test_images"],
         latency=summary["latency"],
         training={what: value for what, value in training.items() if value},
-        taught=len(summary["subnets"]) > 1 and run.recipe.objective.distils,
+        taught=len(summary["subnets"]) > 1 and run.recipe.objective.teacher is None and run.recipe.objective.distils,
         recipe=without_folders(run.recipe.to_toml()),
         comparison=None if comparison is None else _matching(comparison, run, summary),
     )
@@ -94,6 +101,14 @@ def _matching(folder: Path, run: RunFolder, summary: Mapping[str, Any]) -> Compa
         raise HubError(
             f"the comparison in {folder} is about the data {comparison.dataset}, the run about {run.recipe.data.source}"
         )
+    if (folder / "recipe.toml").is_file():
+        theirs = recipes.reopen(folder / "recipe.toml")
+        differing = [name for name in METHOD if getattr(theirs, name) != getattr(run.recipe, name)]
+        if differing:
+            raise HubError(
+                f"the comparison in {folder} is of another recipe than the run's, with other settings of "
+                f"{', '.join(differing)}; what it says is not said of this run"
+            )
     hidden = {"dataset": without_folders(comparison.dataset), "recipe": without_folders(comparison.recipe)}
     return comparison.model_copy(update=hidden)
 

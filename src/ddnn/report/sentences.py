@@ -179,9 +179,10 @@ def notes(summary: Summary) -> list[str]:
     if comparison.full_net_epochs:
         found.append(
             f"All nets together have {comparison.epochs} epochs; in the first {comparison.full_net_epochs} of them the "
-            "full-net learns by itself, and then its sub-nets join it. "
-            f"A net alone has {comparison.alone_epochs}."
+            "full-net learns by itself, and then its sub-nets join it."
         )
+    if comparison.alone_epochs not in (None, comparison.epochs):
+        found.append(f"A net alone has {comparison.alone_epochs} epochs, all nets together {comparison.epochs}.")
     found.append(
         "Costs are those of all trainings that give all nets, a full-net's that is trained before them included: "
         "wall-clock time is their sum, MACs are their sum divided by the steps of one training alone, peak memory "
