@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ddnn.trainer import train
 from test_examples import commands as commands_of_examples
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["data.md", "loops.md", "hub.md", "backbones.md", "families.md", "many.md"]
+PAGES = ["data.md", "loops.md", "hub.md", "backbones.md", "families.md", "many.md", "recipe.md"]
 
 
 def text(page: str) -> str:
@@ -52,6 +53,13 @@ def test_commands_of_examples_are_those_that_are_tested(page: str) -> None:
     assert shown <= tested
     if page == "loops.md":
         assert shown == tested - {"python examples/detection.py"}
+
+
+def test_the_page_of_settings_is_what_the_code_says(ddnn: Callable[..., tuple[int, str, str]]) -> None:
+    assert ddnn("recipes", "--settings") == (0, text("recipe.md"), "")
+    told = re.findall(r"^\| `(\w+\.\w+)` \| .* \| (.+) \|$", text("recipe.md"), flags=re.MULTILINE)
+    every = [f"{section}.{key}" for section, keys in recipe.Recipe().model_dump().items() for key in keys]
+    assert [key for key, _ in told] == every  # none without a meaning
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -24,6 +24,7 @@ ORDER = [
     "picture",
     "runtime",
     "recipe",
+    "settings",
     "data",
     "proof",
     "families",

@@ -194,6 +194,7 @@ class Optim(Section):
     """The optimiser."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or AdamW."""
     lr: Positive = 0.2
     """Peak learning rate."""
     momentum: Fraction = 0.9
@@ -218,6 +219,7 @@ class Schedule(Section):
     """The learning rate over the run."""
 
     name: Literal["cosine", "onecycle", "multistep", "constant"] = "onecycle"
+    """From the peak down along half a cosine; up to it and down again; down in steps; always at the peak."""
     warmup_epochs: NonNegative = 0.0
     """Linear warm-up before `cosine`, `multistep` and `constant`; one-cycle has its own (`rise`)."""
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -225,14 +227,16 @@ class Schedule(Section):
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
     """Multi-step only: shares of the run after which the rate is multiplied by `gamma`."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Multi-step only."""
 
 
 class Train(Section):
     """The loop."""
 
     epochs: Count = 12
+    """Passes over the training images."""
     full_net_share: Fraction = 0.0
-    """Share of them, at the beginning, that is the full-net's alone. Its sub-nets then join it, starting from its
+    """Share of the epochs, at the beginning, that is the full-net's alone. Its sub-nets then join it, starting from its
     weights, norms and classifier. With 0 all nets begin together."""
     alone_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Epochs of a net that is trained by itself (`network.alone`, and in comparisons), as a share of `epochs`. Below 1
@@ -242,13 +246,17 @@ class Train(Section):
     accumulate: Count = 1
     """Parts a batch is cut into, one after the other, to save memory; batch norms see one part at a time."""
     eval_batch_size: Count = 500
+    """Images at a time in evaluation."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of fresh weights, the order of the images and their augmentation. The split of the data is the same for all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
     threads: Count | None = None
     """CPU threads of the training; all cores if not given. A sum split among other threads is rounded differently."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """`bf16`: autocast of matrix products and convolutions; losses stay in float32. `float64`, slow, is for checks."""
     channels_last: bool = True
+    """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False
     """`torch.compile` of the attention terms and, on a GPU, of the forward, which on a CPU it makes slower."""
     lean: bool = False

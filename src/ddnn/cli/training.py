@@ -251,10 +251,18 @@ def extract(
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Print this recipe's file.")] = None,
     presets: Annotated[bool, typer.Option(help="List the networks a recipe can name instead.")] = False,
+    settings: Annotated[
+        bool, typer.Option(help="List every setting, with default, range and meaning instead.")
+    ] = False,
 ) -> None:
     """List the recipes that come with ddnn."""
     from ddnn import recipe
 
+    if settings:
+        from ddnn.settings import reference
+
+        print(reference(), end="")
+        return
     shipped = recipe.shipped()
     if presets:
         from ddnn.families import PRESETS
