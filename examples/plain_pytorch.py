@@ -1,4 +1,4 @@
-"""Plain PyTorch: bfloat16, gradient accumulation, clipping, and a moving average of the weights.
+"""Plain PyTorch: the full-net first, bfloat16, gradient accumulation, clipping, a moving average of the weights.
 
 python examples/plain_pytorch.py
 """
@@ -23,9 +23,12 @@ def main(epochs: int = 6, accumulate: int = 2) -> dict[str, float]:
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
 
     for epoch in range(epochs):
+        if epoch == epochs // 2:
+            net.follow_full_net()  # the sub-nets join it
+        learning = [net.full_name] if epoch < epochs // 2 else None  # None: all nets
         for i, (images, target) in enumerate(batches, start=1):
             with torch.autocast("cpu", torch.bfloat16):
-                outputs = net(images)  # all sub-nets; what they have in common runs once
+                outputs = net(images, only=learning)  # what nets have in common runs once
             terms = objective(outputs, target)  # float32, whatever the network ran in
             (sum(terms.values()) / accumulate).backward()
             if i % accumulate == 0:
