@@ -19,7 +19,7 @@ from ddnn.report import markdown, summarise, write
 from ddnn.report.comparison import Curves, parse, read_curves
 from ddnn.report.drawing import draw_all
 from ddnn.report.figures import accuracy, cost, difference, learning
-from ddnn.report.sentences import MINUS, TIMES, claim, headline, missing, points, price, verdicts
+from ddnn.report.sentences import MINUS, TIMES, claim, earnings, headline, missing, points, price, verdicts
 from ddnn.report.style import STYLES, style
 
 Scores = Sequence[float | None]
@@ -156,13 +156,16 @@ def test_verdicts_above_below_and_no_difference() -> None:
 
 
 def test_epochs_that_differ_between_methods_are_said() -> None:
-    sentence = (
-        "All nets together have 18 epochs; in the first 9 of them the full-net learns by itself, and then its "
-        "sub-nets join it. A net alone has 12."
-    )
+    first = "All nets together have 18 epochs; in the first 9 of them the full-net learns by itself, and then"
+    alone = "A net alone has 12 epochs, all nets together 18."
     rows = {"ekd": EKD, "alone": ALONE}
-    assert sentence in markdown(comparison(rows, epochs=18, full_net_epochs=9, alone_epochs=12))
-    assert "by itself" not in markdown(comparison(rows))
+    both = markdown(comparison(rows, epochs=18, full_net_epochs=9, alone_epochs=12))
+    assert first in both
+    assert alone in both
+    fewer = markdown(comparison(rows, epochs=18, alone_epochs=12))
+    assert "by itself" not in fewer
+    assert alone in fewer
+    assert "A net alone has" not in markdown(comparison(rows, epochs=18, alone_epochs=18))
 
 
 def test_the_claim_is_shown_for_whoever_holds_it() -> None:
@@ -181,6 +184,24 @@ def test_the_claim_is_shown_for_whoever_holds_it() -> None:
     assert claim(summarise(comparison({"alone": alone, "ekd": scattered}))) == f"{shown} no method here."
     once = {"alone": method(small=[0.4], big=[0.5]), "ekd": method(small=[0.5], big=[0.6])}
     assert claim(summarise(comparison(once, seeds=[0]))) is None
+
+
+def test_what_a_term_earns_is_said_and_what_it_costs() -> None:
+    without = method(small=[0.541, 0.540, 0.542], big=[0.641, 0.640, 0.642])
+    level = method(small=[0.550, 0.552, 0.551], big=[0.629, 0.635, 0.626])
+    better = method(small=[0.571, 0.569, 0.573], big=[0.650, 0.652, 0.648])
+    said = earnings(summarise(comparison({"ekd": EKD, "joint": without, "kl": level, "attention": better})))
+    assert said == [
+        "Distillation helps small and costs big (DDNN-EKD less joint (cross-entropy only): "
+        f"small +1.00, CI +0.75 to +1.25; big {MINUS}1.10, CI {MINUS}1.85 to {MINUS}0.35).",
+        "KL does not earn its place here: it costs small and big (DDNN-EKD less attention only: "
+        f"small {MINUS}2.00, CI {MINUS}2.00 to {MINUS}2.00; big {MINUS}2.00, CI {MINUS}2.00 to {MINUS}2.00).",
+        "Attention does not earn its place here: no net is shown to gain (DDNN-EKD less KL only: "
+        f"small +0.00, CI {MINUS}0.66 to +0.66; big +0.00, CI {MINUS}0.66 to +0.66).",
+    ]
+    assert earnings(summarise(comparison({"ekd": EKD, "alone": ALONE}))) == []
+    one = method(small=[0.5, None, None], big=[0.5, None, None])
+    assert earnings(summarise(comparison({"ekd": EKD, "joint": one}))) == []
 
 
 def test_a_better_rival_is_named(whole: dict[str, Any]) -> None:

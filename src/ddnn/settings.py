@@ -7,7 +7,6 @@ from typing import Any
 
 from ddnn.recipe import Recipe, Section
 
-
 INTRODUCTION = """\
 # Settings of a recipe
 

@@ -96,6 +96,37 @@ def price(summary: Summary) -> str:
     return f"Price: {label(HERO)} took {_list(known)} of training every depth alone."
 
 
+TERMS = {"Distillation": "joint", "KL": "attention", "Attention": "kl"}
+"""What DDNN-EKD has, and the method that has everything but that."""
+
+
+def earnings(summary: Summary) -> list[str]:
+    """What each term of the objective earns: DDNN-EKD less the same without it; terms with two seeds or more."""
+    return [text for term, without in TERMS.items() if (text := _earned(summary, term, without))]
+
+
+def _earned(summary: Summary, term: str, without: str) -> str | None:
+    every = {net: summary.difference(HERO, without, net) for net in summary.nets}
+    found = {net: d for net, d in every.items() if d and d.low is not None and d.high is not None}
+    if not found:
+        return None
+    helped, harmed = ([net for net, d in found.items() if d.direction == sign] for sign in (1, -1))
+    if helped:
+        verdict = f"helps {_list(helped)}" + (f" and costs {_list(harmed)}" if harmed else "")
+    else:
+        verdict = "does not earn its place here: " + (
+            f"it costs {_list(harmed)}" if harmed else "no net is shown to gain"
+        )
+    numbers = "; ".join(f"{net} {_interval(d)}" for net, d in found.items())
+    return f"{term} {verdict} ({label(HERO)} less {label(without)}: {numbers})."
+
+
+def _interval(difference: Difference) -> str:
+    assert difference.low is not None
+    assert difference.high is not None
+    return f"{points(difference.mean)}, CI {points(difference.low)} to {points(difference.high)}"
+
+
 TOLERATED = 0.002
 """How far below alone the full-net's mean may be, as a share, if its interval reaches 0."""
 

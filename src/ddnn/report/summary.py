@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy minus that of `alone`, paired by seed: the same seed saw the same images in the same order."""
+    """Accuracy minus another method's, paired by seed: the same seed saw the same images in the same order."""
 
     values: tuple[float, ...]
     """One per seed that both have finished."""
@@ -84,6 +84,10 @@ class Summary:
         """One of the rows; None where the method is not part of the comparison."""
         return next((row for row in self.rows if (row.method, row.net) == (method, net)), None)
 
+    def difference(self, method: str, other: str, net: str) -> Difference | None:
+        """One method's accuracy less another's; None where no seed is finished in both."""
+        return _difference(self.comparison, method, other, net)
+
     def cost(self, method: str) -> Cost | None:
         """What this method costs; None where it is not part of the comparison."""
         return next((cost for cost in self.costs if cost.method == method), None)
@@ -118,7 +122,6 @@ def label(method: str) -> str:
 
 def _row(comparison: Comparison, method: str, net: str) -> Row:
     top1 = comparison.top1(method, net)
-    base = comparison.top1(BASELINE, net) if method != BASELINE else {}
     scores = list(top1.values())
     return Row(
         method,
@@ -126,11 +129,13 @@ def _row(comparison: Comparison, method: str, net: str) -> Row:
         n=len(scores),
         mean=statistics.fmean(scores) if scores else None,
         std=statistics.stdev(scores) if len(scores) > 1 else None,
-        difference=_difference([top1[seed] - base[seed] for seed in top1 if seed in base]),
+        difference=_difference(comparison, method, BASELINE, net) if method != BASELINE else None,
     )
 
 
-def _difference(values: list[float]) -> Difference | None:
+def _difference(comparison: Comparison, method: str, other: str, net: str) -> Difference | None:
+    ours, theirs = comparison.top1(method, net), comparison.top1(other, net)
+    values = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)

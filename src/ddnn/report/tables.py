@@ -6,7 +6,7 @@ from typing import Any
 from ddnn.page import Cell, Table
 from ddnn.report import sentences
 from ddnn.report.sentences import TIMES, percent, points
-from ddnn.report.summary import COSTS, Row, Summary, label, summarise
+from ddnn.report.summary import BASELINE, COSTS, Difference, Row, Summary, label, summarise
 
 NOTHING = "\N{EM DASH}"
 
@@ -32,6 +32,23 @@ def _accuracy(summary: Summary, row: Row) -> Cell:
     if row.n < len(summary.comparison.seeds):
         details.append(f"{row.n} of {len(summary.comparison.seeds)} seeds")
     return Cell(text, ", ".join(details), strong=row is summary.best(row.net))
+
+
+def rival_table(summary: Summary) -> Table:
+    """DDNN-EKD less every other method, net by net; no rows where DDNN-EKD is missing or has no rival."""
+    rows = []
+    for method in summary.methods:
+        found = [summary.difference(sentences.HERO, method, net) for net in summary.nets]
+        if method not in (sentences.HERO, BASELINE) and any(found):
+            rows.append([_head(method), *(Cell(NOTHING) if d is None else _rival(d) for d in found)])
+    return Table(["method", *(_net(summary, net) for net in summary.nets)], rows)
+
+
+def _rival(difference: Difference) -> Cell:
+    if difference.low is None or difference.high is None:
+        return Cell(points(difference.mean), "one seed")
+    interval = f"CI {points(difference.low)} to {points(difference.high)}"
+    return Cell(points(difference.mean), interval, strong=difference.direction == 1)
 
 
 def cost_table(summary: Summary) -> Table:
@@ -83,13 +100,16 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
     parts = [f"## {escape(sentences.title(summary.comparison))}"]
     parts.append(f"**{escape(sentences.headline(summary))}**")
     said = [*map(str, sentences.verdicts(summary)), sentences.price(summary), sentences.claim(summary)]
+    said += sentences.earnings(summary)
     parts.append(_bullets([sentence for sentence in said if sentence]))
     for heading, table in (
         ("Accuracy: top-1 in percent (difference to alone in points, 95% CI)", accuracy_table(summary)),
+        (f"{label(sentences.HERO)} less the others (points, paired by seed, 95% CI)", rival_table(summary)),
         ("Cost of training all nets (relative to training every depth alone)", cost_table(summary)),
         ("Nets", net_table(summary)),
     ):
-        parts += [f"### {heading}", markdown_table(table)]
+        if table.rows:
+            parts += [f"### {heading}", markdown_table(table)]
     parts += [f"![{escape(caption)}]({path})" for caption, path in (figures or {}).items()]
     if missing := sentences.missing(summary) if missing is None else missing:
         parts += ["### Missing", _bullets(missing)]
