@@ -258,7 +258,8 @@ class Train(Section):
     channels_last: bool = True
     """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False
-    """`torch.compile` of the attention terms and, on a GPU, of the forward, which on a CPU it makes slower."""
+    """`torch.compile` of the attention terms and, on a GPU, of the forward, which on a CPU it makes slower and which
+    `lean` does without."""
     lean: bool = False
     """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0
@@ -286,10 +287,6 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.lean and self.compile:
-            raise ValueError(
-                "lean=true goes block by block and can't be compiled; set one of lean and compile to false"
-            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.batch_size == self.accumulate:

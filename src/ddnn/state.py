@@ -117,7 +117,8 @@ class State:
         """The state before the first step, the same in all processes."""
         placed(net, recipe, device).train()
         processes.share([*net.parameters(), *net.buffers()])
-        forward = net if recipe.train.lean or processes.count == 1 else processes.wrap(net)
+        lean = recipe.train.lean
+        forward = net if lean or processes.count == 1 else processes.wrap(net)
         objective = make_objective(recipe, list(net.depths))
         if recipe.train.compile:
             objective.compile()
@@ -126,7 +127,7 @@ class State:
         return cls(
             recipe=recipe,
             net=net,
-            forward=torch.compile(forward) if recipe.train.compile and device.type == "cuda" else forward,
+            forward=torch.compile(forward) if recipe.train.compile and device.type == "cuda" and not lean else forward,
             objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
