@@ -300,8 +300,10 @@ def test_weights_by_name_are_those_of_every_net_where_another_network_teaches(ti
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same_within_rounding(tiny: Make) -> None:
-    runs = [tiny(f"compile-{flag}", f"train.compile={flag}", "train.epochs=1") for flag in ("false", "true")]
+@pytest.mark.parametrize("lean", ["false", "true"])
+def test_a_compiled_run_learns_the_same_within_rounding(tiny: Make, lean: str) -> None:
+    one = (f"train.lean={lean}", "train.epochs=1")
+    runs = [tiny(f"compile-{flag}", f"train.compile={flag}", *one) for flag in ("false", "true")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         for run in runs:
