@@ -44,6 +44,8 @@ def test_every_command_is_understood(command: list[str]) -> None:
     group = typer.main.get_command(cli.app)
     context = group.make_context("ddnn", command[1:], resilient_parsing=False)
     verb = group.commands[command[1]]  # type: ignore[attr-defined]
+    if not command[2:]:
+        return  # only named
     inner = verb.make_context(command[1], command[2:], parent=context)
     if command[1] in ("train", "compare"):
         named, changes = _split(inner.params["recipe_and_overrides"], inner.params["overrides"])
