@@ -20,10 +20,15 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands() -> list[list[str]]:
+    """What is shown to be typed, and what is named in passing with its arguments."""
     pages = [README, *DOCS.values()]
     lines = [line.split("#")[0].strip() for page in pages for b in blocks("console", page) for line in b.splitlines()]
-    inline = [found for page in pages for found in re.findall(r"`(ddnn [^`]+)`", page)]
-    return [shlex.split(line) for line in [*lines, *inline] if line.startswith("ddnn ")]
+    return [shlex.split(line) for line in lines if line.startswith("ddnn ")] + [c for c in named() if c[2:]]
+
+
+def named() -> list[list[str]]:
+    found = [found for page in [README, *DOCS.values()] for found in re.findall(r"`(ddnn [^`]+)`", page)]
+    return [shlex.split(line) for line in found]
 
 
 def test_there_are_commands_and_code() -> None:
@@ -44,12 +49,17 @@ def test_every_command_is_understood(command: list[str]) -> None:
     group = typer.main.get_command(cli.app)
     context = group.make_context("ddnn", command[1:], resilient_parsing=False)
     verb = group.commands[command[1]]  # type: ignore[attr-defined]
-    if not command[2:]:
-        return  # only named
     inner = verb.make_context(command[1], command[2:], parent=context)
     if command[1] in ("train", "compare"):
         named, changes = _split(inner.params["recipe_and_overrides"], inner.params["overrides"])
         recipe.load(named[0] if named else "digits", changes)
+
+
+def test_every_verb_named_in_passing_exists() -> None:
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    assert {command[1] for command in named()} <= set(group.commands)  # type: ignore[attr-defined]
 
 
 def test_make_targets_exist() -> None:

@@ -27,14 +27,8 @@ class Setting:
     meaning: str
 
 
-def sections() -> dict[str, str]:
-    """What every section of a recipe is about."""
-    return {name: _flat(type(part).__doc__ or "") for name, part in _parts()}
-
-
-def settings(section: str) -> Iterator[Setting]:
-    """The settings of one section, in the order of the code."""
-    part = dict(_parts())[section]
+def settings(section: str, part: Section) -> Iterator[Setting]:
+    """The settings of one section of the default recipe, in the order of the code."""
     schema = type(part).model_json_schema()
     for name, field in schema["properties"].items():
         value = getattr(part, name)
@@ -49,18 +43,14 @@ def settings(section: str) -> Iterator[Setting]:
 def reference() -> str:
     """The reference as Markdown."""
     lines = [INTRODUCTION]
-    for section, about in sections().items():
+    for section, part in Recipe():
+        about = _flat(type(part).__doc__ or "")
         lines += ["", f"## {section}", "", about, "", "| setting | default | allowed | meaning |", "|---|---|---|---|"]
-        for setting in settings(section):
+        for setting in settings(section, part):
             default = f"`{setting.default}`" if setting.default else ""
             cells = (f"`{setting.key}`", default, setting.allowed, setting.meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _parts() -> list[tuple[str, Section]]:
-    recipe = Recipe()
-    return [(name, getattr(recipe, name)) for name in Recipe.model_fields]
 
 
 def _flat(text: str) -> str:

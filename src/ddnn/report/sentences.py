@@ -54,15 +54,15 @@ def _judge(summary: Summary, net: str) -> tuple[Kind, str]:
         why = f"{' and '.join(missing)} missing" if missing else "no seed is finished in both"
         return "unknown", f"no verdict, {why}"
     name, base = label(HERO), label(BASELINE)
-    if found.low is None or found.high is None:
+    if (ci := interval(found)) is None:
         return "unproven", f"{points(found.mean)} points from {base} to {name} with one seed, which proves nothing"
-    interval = f"95% CI {points(found.low)} to {points(found.high)}, {len(found.values)} seeds"
+    certainty = f"95% {ci}, {len(found.values)} seeds"
     size = f"{100 * abs(found.mean):.2f}"
     if found.direction == 0:
-        return "same", f"no difference shown between {name} and {base} ({points(found.mean)} points, {interval})"
+        return "same", f"no difference shown between {name} and {base} ({points(found.mean)} points, {certainty})"
     if found.direction == 1:
-        return "above", f"{name} is {size} points above {base} ({interval})"
-    return "below", f"{name} is {size} points below {base} ({interval})"
+        return "above", f"{name} is {size} points above {base} ({certainty})"
+    return "below", f"{name} is {size} points below {base} ({certainty})"
 
 
 def headline(summary: Summary) -> str:
@@ -107,7 +107,7 @@ def earnings(summary: Summary) -> list[str]:
 
 def _earned(summary: Summary, term: str, without: str) -> str | None:
     every = {net: summary.difference(HERO, without, net) for net in summary.nets}
-    found = {net: d for net, d in every.items() if d and d.low is not None and d.high is not None}
+    found = {net: d for net, d in every.items() if d and d.direction is not None}
     if not found:
         return None
     helped, harmed = ([net for net, d in found.items() if d.direction == sign] for sign in (1, -1))
@@ -117,14 +117,8 @@ def _earned(summary: Summary, term: str, without: str) -> str | None:
         verdict = "does not earn its place here: " + (
             f"it costs {_list(harmed)}" if harmed else "no net is shown to gain"
         )
-    numbers = "; ".join(f"{net} {_interval(d)}" for net, d in found.items())
+    numbers = "; ".join(f"{net} {points(d.mean)}, {interval(d)}" for net, d in found.items())
     return f"{term} {verdict} ({label(HERO)} less {label(without)}: {numbers})."
-
-
-def _interval(difference: Difference) -> str:
-    assert difference.low is not None
-    assert difference.high is not None
-    return f"{points(difference.mean)}, CI {points(difference.low)} to {points(difference.high)}"
 
 
 TOLERATED = 0.002
@@ -251,6 +245,13 @@ def percent(share: float | None) -> str:
 def points(difference: float) -> str:
     """A difference of shares in percent points, always with its sign."""
     return f"{round(100 * difference, 2) + 0.0:+.2f}".replace("-", MINUS)
+
+
+def interval(difference: Difference) -> str | None:
+    """The confidence interval in percent points; None with a single seed."""
+    if difference.low is None or difference.high is None:
+        return None
+    return f"CI {points(difference.low)} to {points(difference.high)}"
 
 
 def _list(parts: list[str]) -> str:

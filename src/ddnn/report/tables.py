@@ -5,7 +5,7 @@ from typing import Any
 
 from ddnn.page import Cell, Table
 from ddnn.report import sentences
-from ddnn.report.sentences import TIMES, percent, points
+from ddnn.report.sentences import TIMES, interval, percent, points
 from ddnn.report.summary import BASELINE, COSTS, Difference, Row, Summary, label, summarise
 
 NOTHING = "\N{EM DASH}"
@@ -27,8 +27,8 @@ def _accuracy(summary: Summary, row: Row) -> Cell:
     details = []
     if row.difference:
         details.append(points(row.difference.mean))
-        if row.difference.low is not None and row.difference.high is not None:
-            details.append(f"CI {points(row.difference.low)} to {points(row.difference.high)}")
+        if ci := interval(row.difference):
+            details.append(ci)
     if row.n < len(summary.comparison.seeds):
         details.append(f"{row.n} of {len(summary.comparison.seeds)} seeds")
     return Cell(text, ", ".join(details), strong=row is summary.best(row.net))
@@ -45,10 +45,7 @@ def rival_table(summary: Summary) -> Table:
 
 
 def _rival(difference: Difference) -> Cell:
-    if difference.low is None or difference.high is None:
-        return Cell(points(difference.mean), "one seed")
-    interval = f"CI {points(difference.low)} to {points(difference.high)}"
-    return Cell(points(difference.mean), interval, strong=difference.direction == 1)
+    return Cell(points(difference.mean), interval(difference) or "one seed", strong=difference.direction == 1)
 
 
 def cost_table(summary: Summary) -> Table:
