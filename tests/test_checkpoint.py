@@ -4,12 +4,16 @@ import errno
 import hashlib
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import Quiet
+from ddnn import checkpoint
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, distinct
 from ddnn.errors import RecipeError, RunError
@@ -17,6 +21,7 @@ from ddnn.evaluate import parameters
 from ddnn.families.cifar_resnet import resnet
 from ddnn.files import write_atomic
 from ddnn.recipe import Network
+from ddnn.trainer import train
 
 Make = Callable[..., RunFolder]
 
@@ -47,6 +52,32 @@ def test_what_a_kill_left_half_written_is_swept_up(tiny: Make) -> None:
     looking.sweep()
     assert not torn.exists()
     assert looking.load_checkpoint() == {}
+
+
+def test_one_training_at_a_time(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LINGER_S", 0.3)
+    run = tiny("run")
+    with (
+        run.held(),
+        pytest.raises(RunError, match=r"another training is writing to .*run; let it end, or stop it first"),
+    ):
+        train(RunFolder.open(run.path), Quiet())
+    assert {path.name for path in run.path.iterdir()} == {"recipe.toml"}, "nothing is left of the attempt"
+    train(RunFolder.open(run.path), Quiet())
+
+
+def test_a_killed_training_holds_nothing(tiny: Make) -> None:
+    run = tiny("run")
+    code = (
+        "import sys, time; from pathlib import Path; from ddnn.checkpoint import RunFolder\n"
+        "with RunFolder.open(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+    with run.held():
+        pass
 
 
 def test_only_the_last_two_checkpoints_are_kept(tiny: Make) -> None:

@@ -17,8 +17,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,14 @@ from ddnn.files import write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
+
+LINGER_S = 10.0  # processes that decode images outlive a killed training by some seconds, and hold what it held
 
 log = logging.getLogger("ddnn")
 
@@ -72,6 +82,23 @@ class RunFolder:
         if not (path / "recipe.toml").is_file():
             raise RunError(f"{path} is no run folder: it has no recipe.toml")
         return cls(path, recipes.reopen(path / "recipe.toml"))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other trainings out of this folder; `RunError` if one is in it already.
+
+        The lock is one of the system's on the folder: a kill lifts it, and no file is left. Where a file system or an
+        operating system knows none, nothing is kept out.
+        """
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            _lock(folder, self.path)
+            yield
+        finally:
+            os.close(folder)
 
     def sweep(self) -> None:
         """Remove what a kill in the middle of a write has left; only for a training that takes the run over."""
@@ -187,6 +214,21 @@ class RunFolder:
     def load_weights(self, net: DDNN, digest: str) -> None:
         """Fill a freshly built net; `RunError` for a file that is not the one the run wrote."""
         fill(net, self.path / "model.safetensors", digest, stated="summary.json", source=self.path / "recipe.toml")
+
+
+def _lock(folder: int, path: Path) -> None:
+    until = time.monotonic() + LINGER_S
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise RunError(f"another training is writing to {path}; let it end, or stop it first") from None
+            time.sleep(0.2)
+        except OSError:
+            return  # a file system without locks
+        else:
+            return
 
 
 def distinct(net: DDNN) -> dict[str, Tensor]:

@@ -78,13 +78,16 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
     Under torchrun every process calls this, and together they train one network; `run` is the same folder for all, and
     only process 0 writes there.
 
-    Raises `RunError` when a loss is no longer finite or another process is lost, and `Preempted` after SIGTERM; the
-    last good checkpoint stays.
+    Raises `RunError` when another training is writing there, a loss is no longer finite or another process is lost,
+    and `Preempted` after SIGTERM; the last good checkpoint stays.
     """
     device = choose_device(run.recipe.train.device)
     patience = timedelta(minutes=run.recipe.train.patience_minutes)
     with together(device, patience) as processes, heeded(run.path) as notice:
-        return _train(run if processes.first else run.unwritten(), progress, device, processes, notice)
+        if not processes.first:
+            return _train(run.unwritten(), progress, device, processes, notice)
+        with run.held():
+            return _train(run, progress, device, processes, notice)
 
 
 def _train(
