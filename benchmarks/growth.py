@@ -77,7 +77,7 @@ def measure(
 
     def plain(of: DDNN) -> None:
         with autocast():
-            outputs = of(x)
+            outputs = of(x, energies=len(of.depths) > 1)
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     def lean(of: DDNN) -> None:

@@ -72,7 +72,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
 
     def backward(of: DDNN) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = of(x)
+            outputs = of(x, energies=True)
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     step = stepping(net, backward)

@@ -112,7 +112,7 @@ Forward = Callable[[], AbstractContextManager[object]]
 
 def plain(net: DDNN, x: Tensor, target: Tensor, forward: Forward = autocast) -> None:
     with forward():
-        outputs = net(x)
+        outputs = net(x, energies=True)
     torch.stack(list(EKD()(outputs, target).values())).sum().backward()
 
 
@@ -174,7 +174,7 @@ def count(preset: str, alone: str | None = None, small: int = SMALL) -> Facts:
 def gradients(net: DDNN, x: Tensor, target: Tensor) -> list[tuple[float, int]]:
     """Of each parameter, in the order of backward: share of its operations done when it is complete, bytes."""
     with autocast():
-        outputs = net(x)
+        outputs = net(x, energies=True)
     loss = torch.stack(list(EKD()(outputs, target).values())).sum()
     arrived: list[tuple[int, int]] = []
     with FlopCounterMode(display=False) as counter:

@@ -135,10 +135,11 @@ def measure(
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def plain(objective: EKD, forward: Callable[[Tensor], object] | None = None) -> Callable[[DDNN], None]:
+    def plain(objective: EKD, forward: Callable[..., object] | None = None) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
             with autocast():
-                outputs = (of if forward is None else forward)(x)  # a compiled module has no truth value
+                energies = objective.attends and len(of.depths) > 1
+                outputs = (of if forward is None else forward)(x, energies=energies)  # type: ignore[operator]
             torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
 
         return backward

@@ -13,7 +13,6 @@ from ddnn.network import DDNN, Output, nest
 from ddnn.objective import (
     EKD,
     AttentionMap,
-    _energy,
     attention_distance,
     cross_entropy,
     kl_divergence,
@@ -86,19 +85,6 @@ def test_the_fast_map_is_the_literal_one(layout: torch.memory_format) -> None:
     torch.testing.assert_close(feature.grad, literal.grad, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(power_map, feature.detach().requires_grad_())
     assert torch.autograd.gradcheck(softmax_map, feature.detach().requires_grad_())
-
-
-@pytest.mark.parametrize("channels", [2, 16, 64])
-def test_layout_does_not_change_a_bit_of_the_maps_gradient(channels: int) -> None:
-    feature, weights, grads = randn(2, channels, 4, 5).bfloat16(), randn(2, 20), []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        ours = feature.clone(memory_format=layout).requires_grad_()
-        _energy(ours).backward(weights)
-        assert ours.grad is not None
-        assert ours.grad.is_contiguous(memory_format=layout)
-        grads.append(ours.grad)
-    assert torch.equal(*grads)
-    assert grads[0].abs().sum() > 0
 
 
 def test_a_feature_of_zeros_has_a_finite_gradient() -> None:

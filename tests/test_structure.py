@@ -31,6 +31,7 @@ ORDER = [
     "sharing",
     "table",
     "tied",
+    "energy",
     "network",
     "backbone",
     "objective",

@@ -159,4 +159,4 @@ class _Walk:
         self.terms[name] = {term: value.detach() for term, value in terms.items()}
         self.logits[name] = output.logits.detach()
         if self.teacher is None:
-            self.teacher = Output(output.logits.detach(), tuple(feature.detach() for feature in output.features))
+            self.teacher = output.detach()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ddnn.energy import energy, fork
 from ddnn.errors import DDNNError, NestingError
 from ddnn.families import anatomy_of
 from ddnn.families.family import Anatomy, Family
@@ -34,6 +35,17 @@ class Output(NamedTuple):
     features: tuple[Tensor, ...]
     """The output of every stage, shallow to deep, each as a map [N, channels, height, width]; see
     `Anatomy.feature_map` for networks that work on tokens or with channels last."""
+    energies: tuple[Tensor, ...] = ()
+    """Of every feature the sum over channels of squares [N, height * width], where they were asked for."""
+
+    def with_energies(self) -> "Output":
+        """The same with energies, made now if they are missing."""
+        return self if self.energies else self._replace(energies=tuple(map(energy, self.features)))
+
+    def detach(self) -> "Output":
+        """The same without gradient."""
+        features, energies = (tuple(t.detach() for t in part) for part in (self.features, self.energies))
+        return Output(self.logits.detach(), features, energies)
 
 
 Node = tuple[str, int]
@@ -90,27 +102,38 @@ class DDNN(nn.Module):
         """Why the nets run whole, sharing weights but no work; None if they don't."""
         return self.anatomies[self.full_name].family.whole
 
-    def forward(self, x: Tensor, only: Iterable[str] | None = None) -> dict[str, Output]:
-        """Run the tree of paths on images [N, C, H, W]."""
+    def forward(self, x: Tensor, only: Iterable[str] | None = None, *, energies: bool = False) -> dict[str, Output]:
+        """Run the tree of paths on images [N, C, H, W].
+
+        With `energies`, outputs have those of their features as well. An objective with attention terms makes them
+        itself where they are missing; made here they cost less, forward and backward. See `ddnn.energy`.
+        """
         wanted = set(self.depths if only is None else map(self._known, only))
         names = [name for name in self.depths if name in wanted]
         if self.whole:
-            return {name: self.run_whole(name, x) for name in names}
+            outputs = {name: self.run_whole(name, x) for name in names}
+            return {name: output.with_energies() for name, output in outputs.items()} if energies else outputs
         paths = {name: self.path(name) for name in names}
         # Paths part only where a stage of one of them ends, so nothing else has to be kept for another path.
         ends = {step.node for path in paths.values() for step in path if step.ends_stage}
         stem = self.stem(x)
         ran: dict[Node, Tensor] = {}
-        outputs: dict[str, Output] = {}
+        made: dict[Node, Tensor] = {}
+        outputs = {}
         for name, path in paths.items():
             common = max((agreement(self.depths[name], self.depths[other]) for other in outputs), default=0)
             feature = ran[path[common - 1].node] if common else stem
             for step in path[common:]:
                 feature = step.block(feature)
                 if step.node in ends:
+                    if energies:
+                        feature, made[step.node] = self._fork(name, feature)
                     ran[step.node] = feature
-            features = [ran[step.node] for step in path if step.ends_stage]
-            outputs[name] = Output(self.head_of(name, feature), self.maps(name, features))
+            passed = [step.node for step in path if step.ends_stage]
+            features = self.maps(name, [ran[node] for node in passed])
+            outputs[name] = Output(
+                self.head_of(name, feature), features, tuple(made[node] for node in passed) if energies else ()
+            )
         return outputs
 
     def path(self, name: str) -> list["Step"]:
@@ -133,6 +156,10 @@ class DDNN(nn.Module):
     def maps(self, name: str, features: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """Outputs of a net's stages, as their blocks give them -> maps [N, channels, height, width]."""
         return tuple(self.anatomies[name].feature_map(self.nets[name], feature) for feature in features)
+
+    def _fork(self, name: str, feature: Tensor) -> tuple[Tensor, Tensor]:
+        (its_map,) = self.maps(name, [feature])
+        return fork(feature) if its_map is feature else (feature, energy(its_map))
 
     def run_whole(self, name: str, x: Tensor) -> Output:
         """Run one net by its own forward; bitwise what `self(x)` gives of it."""

@@ -13,12 +13,13 @@ features of the same resolution); formulas and weights are this project's. With 
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddnn.energy import energy, precise
 from ddnn.errors import DDNNError
 from ddnn.network import Output
 
@@ -35,7 +36,7 @@ def _times(weight: Weight, factor: float) -> Weight:
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean over the batch. `target` holds class indices [N] or class probabilities [N, classes]."""
-    return F.cross_entropy(logits.to(_precision(logits)), target, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.to(precise(logits)), target, label_smoothing=label_smoothing)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -48,7 +49,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 
 def _log_posterior(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.to(_precision(logits)) / temperature, dim=1)
+    return F.log_softmax(logits.to(precise(logits)) / temperature, dim=1)
 
 
 def _kl(student: Tensor, log_p: Tensor, temperature: float) -> Tensor:
@@ -61,58 +62,24 @@ def power_map(feature: Tensor) -> Tensor:
 
     Returns [N, H*W] in float32 or better (Zagoruyko and Komodakis 2017, arXiv 1612.03928).
     """
-    return F.normalize(_energy(feature), dim=1)
+    return _power(energy(feature))
 
 
 def softmax_map(feature: Tensor) -> Tensor:
     """Attention map with a spatial softmax instead of unit length (Hou et al. 2019, arXiv 1908.00821): [N, H*W]."""
-    return F.softmax(_energy(feature), dim=1)
+    return _softmax(energy(feature))
 
 
-VECTOR_BYTES = 64
-"""Of a CPU with AVX-512."""
+def _power(energies: Tensor) -> Tensor:
+    return F.normalize(energies, dim=1)
 
 
-class _Energy(torch.autograd.Function):
-    """Sum over channels of squares, [N, C, H, W] -> [N, H*W], without ever holding the squares.
-
-    Written out it is `feature.square().sum(dim=1).flatten(1)`, and the tests hold it to that. Those squares and their
-    gradient are larger than anything else the objective touches; this reads the feature once in each direction.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, feature: Tensor) -> Tensor:
-        ctx.save_for_backward(feature)
-        return torch.linalg.vector_norm(feature, dim=1, dtype=_precision(feature)).square().flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> Tensor:
-        (feature,) = ctx.saved_tensors
-        n, c, h, w = feature.shape
-        factor = (2 * gradient[0]).to(feature.dtype).view(n, 1, h, w)
-        if feature.device.type == "cpu" and c * feature.element_size() < VECTOR_BYTES and _channels_last(feature):
-            # repeated while they multiply, factors of so few neighbours take five times as long as repeated before
-            return factor.expand_as(feature).contiguous(memory_format=torch.channels_last).mul_(feature)
-        return feature * factor
+def _softmax(energies: Tensor) -> Tensor:
+    return F.softmax(energies, dim=1)
 
 
-def _channels_last(feature: Tensor) -> bool:
-    return feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
-
-
-def _energy(feature: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # which fuses the formula as it is, better than what is written by hand
-        return feature.to(_precision(feature)).square().sum(dim=1).flatten(1)
-    energy: Tensor = _Energy.apply(feature)
-    return energy
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    """float32 for what is less precise: distances of posteriors and maps are small differences."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-ATTENTION_MAPS: dict[AttentionMap, Callable[[Tensor], Tensor]] = {"power": power_map, "softmax": softmax_map}
+ATTENTION_MAPS: dict[AttentionMap, Callable[[Tensor], Tensor]] = {"power": _power, "softmax": _softmax}
+"""Of energies [N, H*W]."""
 
 
 def attention_distance(
@@ -123,22 +90,24 @@ def attention_distance(
     `student` and `teacher` hold one feature [N, C_s, H_s, W_s] per stage; channels may differ, the resolution of a
     stage may not. No gradient flows to the teacher. With `power`, two orthogonal maps are exactly 2 apart.
     """
-    return _map_distance(student, _maps(teacher, attention_map), attention_map)
+    ours = [energy(feature) for feature in student]
+    theirs = [energy(feature.detach()) for feature in teacher]
+    return _map_distance(ours, _maps(theirs, attention_map), attention_map)
 
 
-def _maps(features: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
-    """The teacher's maps, without gradient."""
-    return [ATTENTION_MAPS[attention_map](feature.detach()) for feature in features]
+def _maps(energies: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
+    return [ATTENTION_MAPS[attention_map](of_stage) for of_stage in energies]
 
 
 def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention_map: AttentionMap) -> Tensor:
+    """`student` holds energies."""
     if len(student) != len(teacher_maps):
         raise DDNNError(
             f"attention needs as many stages in both: {len(student)} in the student, {len(teacher_maps)} in the teacher"
         )
     distances = []
-    for feature, theirs in zip(student, teacher_maps, strict=True):
-        ours = ATTENTION_MAPS[attention_map](feature)
+    for of_stage, theirs in zip(student, teacher_maps, strict=True):
+        ours = ATTENTION_MAPS[attention_map](of_stage)
         if ours.shape != theirs.shape:
             raise DDNNError(
                 f"attention needs features of the same resolution: {ours.shape[1]} positions in the student, "
@@ -150,6 +119,8 @@ def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], att
 
 class EKD:
     """The objective as a callable: `terms = EKD()(net(x), target)`, then `sum(terms.values()).backward()`.
+
+    `net(x, energies=True)` gives the same for less time where there are attention terms.
 
     Arguments are the weights of the formula above, each one number for all sub-nets or one by name: `kl` is lambda_kl,
     `attention` lambda_at, `subnet_weight` w_k. A term whose weight is 0 is not computed and does not appear. With
@@ -203,6 +174,11 @@ class EKD:
         self._maps, self._map_distance = torch.compile(_maps), torch.compile(_map_distance)
         return self
 
+    @property
+    def attends(self) -> bool:
+        """Whether attention has a weight, so that it pays to call the network with `energies=True`."""
+        return any(self.attention.values()) if isinstance(self.attention, Mapping) else self.attention > 0
+
     def at(self, progress: float) -> "EKD":
         """The objective when this share of the training is over, from 0 to 1: `kl` and `attention` as `ramp` has them.
 
@@ -235,10 +211,11 @@ class EKD:
                 full, teacher = students.popitem()
                 terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
             # what the teacher has to say is the same for all students
+            teacher = teacher.detach()
             shown = any(self._weight("attention", name) for name in students)
-            teacher_maps = self._maps(teacher.features, self.attention_map) if shown else []
+            teacher_maps = self._maps(teacher.with_energies().energies, self.attention_map) if shown else []
             told = any(self._weight("kl", name) for name in students)
-            log_p = _log_posterior(teacher.logits.detach(), self.temperature) if told else None
+            log_p = _log_posterior(teacher.logits, self.temperature) if told else None
             for name, student in students.items():
                 weight = self._weight("subnet_weight", name)
                 if weight == 0:
@@ -249,7 +226,7 @@ class EKD:
                 if log_p is not None and kl:
                     terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
                 if attention:
-                    distance = self._map_distance(student.features, teacher_maps, self.attention_map)
+                    distance = self._map_distance(student.with_energies().energies, teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * attention * distance
         return terms
 

@@ -160,10 +160,12 @@ class State:
 
     def outputs(self, images: Tensor) -> dict[str, Output]:
         """What the nets that learn make of images [N, 3, H, W]."""
+        students = len(self.learning or self.net.depths) - (self.teacher is None)
+        energies = students > 0 and self.objective_now.attends
         if self.learning is None:
-            return self.forward(images)
+            return self.forward(images, energies=energies)
         forward = self.forward if self.averaging is None else self.net
-        return forward(images, only=self.learning)
+        return forward(images, only=self.learning, energies=energies)
 
     def join(self) -> None:
         """Let the sub-nets start from what the full-net is now."""
@@ -231,7 +233,8 @@ class State:
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return self.teacher(images, only=[self.teacher.full_name])[self.teacher.full_name]
+            name = self.teacher.full_name
+            return self.teacher(images, only=[name], energies=self.objective_now.attends)[name]
 
     def bank(self) -> None:
         """Count the time until now into `total`, and what the processor worked for this process into `cpu`."""
