@@ -16,6 +16,7 @@ running statistics depend on the order in which paths pass, these differ too.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from ddnn.objective import EKD
 
 Terms = dict[str, Tensor]
 Logits = dict[str, Tensor]
+
+
+class End(NamedTuple):
+    """What there is at the end of a stage."""
+
+    feature: Tensor
+    energy: Tensor | None
+    """None where no attention is taken."""
 
 
 def branchwise_backward(
@@ -46,7 +55,8 @@ def branchwise_backward(
     wanted = set(net.depths if only is None else only)
     names = [name for name in reversed(net.depths) if name in wanted]  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
-    walk = _Walk(net, paths, objective, target, teacher, scale, autocast)
+    energies = objective.attends and len(names) > (teacher is None)
+    walk = _Walk(net, paths, objective, target, teacher, scale, autocast, energies)
     if net.whole:
         for name in names:
             walk.whole(name, x)
@@ -104,34 +114,44 @@ class _Walk:
     teacher: Output | None
     scale: float
     autocast: Callable[[], AbstractContextManager[object]]
+    energies: bool
     terms: dict[str, Terms] = field(default_factory=dict)
     logits: Logits = field(default_factory=dict)
 
-    def grow(self, names: list[str], i: int, feature: Tensor, features: dict[str, tuple[Tensor, ...]]) -> None:
+    def grow(self, names: list[str], i: int, feature: Tensor, before: dict[str, tuple[End, ...]]) -> None:
         """Forward and backward of all that `names` do from their i-th block on, with `feature` as its input.
 
-        `features` are the outputs of the stages each has passed so far. When this returns, the gradients of what came
-        in are in the `.grad` of `feature` and `features`, where these are leaves that want one.
+        `before` are the ends of the stages each has passed so far. When this returns, the gradients of what came in are
+        in the `.grad` of `feature` and of `before`, where these are leaves that want one.
         """
-        passed: dict[str, tuple[Tensor, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
+        passed: dict[str, tuple[End, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
         with _weights_kept_once(), self.autocast():
             if i == 0:
                 feature = self.net.stem(feature)
             while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
                 feature = self.paths[names[0]][i].block(feature)
-                for name in names:  # the same block may end a stage for one and not for another
-                    if self.paths[name][i].ends_stage:
-                        passed[name] += (feature,)
+                ending = [
+                    name for name in names if self.paths[name][i].ends_stage
+                ]  # it may for one and not for another
+                if ending:
+                    end = self._end(ending[0], feature)
+                    feature = end.feature
+                    passed |= {name: (*passed[name], end) for name in ending}
                 i += 1
             logits = self.net.head_of(names[0], feature) if len(names) == 1 else None
         if logits is not None:
             [name] = names
-            self._backward(name, Output(logits, self.net.maps(name, features[name] + passed[name])))
+            self._backward(name, self._output(name, logits, before[name] + passed[name]))
             return
 
-        ends = {id(end): end for end in [feature, *(end for name in names for end in passed[name])]}
-        leaves = {key: end.detach().requires_grad_() for key, end in ends.items()}
-        inside = {name: features[name] + tuple(leaves[id(end)] for end in passed[name]) for name in names}
+        parts = [feature, *(part for name in names for end in passed[name] for part in end if part is not None)]
+        ends = {id(part): part for part in parts}
+        leaves = {key: part.detach().requires_grad_() for key, part in ends.items()}
+
+        def leaf_of(end: End) -> End:
+            return End(leaves[id(end.feature)], None if end.energy is None else leaves[id(end.energy)])
+
+        inside = {name: before[name] + tuple(map(leaf_of, passed[name])) for name in names}
         branches: dict[object, list[str]] = {}
         for name in names:
             branches.setdefault(self._node(name, i), []).append(name)
@@ -141,6 +161,13 @@ class _Walk:
         wanted = [(ends[key], leaf.grad) for key, leaf in leaves.items() if leaf.grad is not None]
         wanted = [(end, gradient) for end, gradient in wanted if end.requires_grad]  # a frozen stem wants none
         torch.autograd.backward([end for end, _ in wanted], [gradient for _, gradient in wanted])
+
+    def _end(self, name: str, feature: Tensor) -> End:
+        return End(*self.net.fork(name, feature)) if self.energies else End(feature, None)
+
+    def _output(self, name: str, logits: Tensor, ends: tuple[End, ...]) -> Output:
+        features = self.net.maps(name, (end.feature for end in ends))
+        return Output(logits, features, tuple(end.energy for end in ends if end.energy is not None))
 
     def whole(self, name: str, x: Tensor) -> None:
         """Forward and backward of one net that has nothing in common with others."""

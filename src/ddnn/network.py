@@ -127,7 +127,7 @@ class DDNN(nn.Module):
                 feature = step.block(feature)
                 if step.node in ends:
                     if energies:
-                        feature, made[step.node] = self._fork(name, feature)
+                        feature, made[step.node] = self.fork(name, feature)
                     ran[step.node] = feature
             passed = [step.node for step in path if step.ends_stage]
             features = self.maps(name, [ran[node] for node in passed])
@@ -157,7 +157,8 @@ class DDNN(nn.Module):
         """Outputs of a net's stages, as their blocks give them -> maps [N, channels, height, width]."""
         return tuple(self.anatomies[name].feature_map(self.nets[name], feature) for feature in features)
 
-    def _fork(self, name: str, feature: Tensor) -> tuple[Tensor, Tensor]:
+    def fork(self, name: str, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of a stage, as its last block gives it -> the same to go on with, and its map's energy [N, H*W]."""
         (its_map,) = self.maps(name, [feature])
         return fork(feature) if its_map is feature else (feature, energy(its_map))
 
