@@ -100,6 +100,10 @@ TERMS = {"Distillation": "joint", "KL": "attention", "Attention": "kl"}
 """What DDNN-EKD has, and the method that has everything but that."""
 
 
+WORTH = 0.01
+"""What a term has to give some net, as a share: a point. One that can't is not worth its place."""
+
+
 def earnings(summary: Summary) -> list[str]:
     """What each term of the objective earns: DDNN-EKD less the same without it; terms with two seeds or more."""
     return [text for term, without in TERMS.items() if (text := _earned(summary, term, without))]
@@ -113,16 +117,18 @@ def _earned(summary: Summary, term: str, without: str) -> str | None:
     helped, harmed = ([net for net, d in found.items() if d.direction == sign] for sign in (1, -1))
     if helped:
         verdict = f"helps {_list(helped)}" + (f" and costs {_list(harmed)}" if harmed else "")
-    else:
+    elif all(d.high is not None and d.high < WORTH for d in found.values()):
         verdict = "does not earn its place here: " + (
             f"it costs {_list(harmed)}" if harmed else "no net is shown to gain"
         )
+    else:  # too few seeds, or too scattered, to say so
+        verdict = "is not shown to help any net" + (f", and costs {_list(harmed)}" if harmed else "")
     numbers = "; ".join(f"{net} {points(d.mean)}, {interval(d)}" for net, d in found.items())
     return f"{term} {verdict} ({label(HERO)} less {label(without)}: {numbers})."
 
 
 TOLERATED = 0.002
-"""How far below alone the full-net's mean may be, as a share, if its interval reaches 0."""
+"""How far below alone the full-net may be, as a share, and still count as not below."""
 
 
 def claim(summary: Summary) -> str | None:
@@ -131,9 +137,14 @@ def claim(summary: Summary) -> str | None:
     if not judged:
         return None
     promise = "every sub-net above alone, the full-net not below it"
-    if held := [_with_price(summary, method) for method, found in judged.items() if _holds(found)]:
-        return f"The claim ({promise}) is shown for {_list(held)}."
-    return f"The claim ({promise}) is shown for no method here."
+    held, left_open = (
+        [_with_price(summary, method) for method, found in judged.items() if _holds(found) == answer]
+        for answer in ("yes", "open")
+    )
+    text = f"The claim ({promise}) is shown for {_list(held) if held else 'no method here'}"
+    if left_open:
+        text += f"; for {_list(left_open)} the sub-nets are above alone, and the full-net's interval leaves it open"
+    return f"{text}."
 
 
 def _differences(summary: Summary, method: str) -> list[Difference]:
@@ -143,9 +154,11 @@ def _differences(summary: Summary, method: str) -> list[Difference]:
     return found if len(found) == len(summary.nets) else []
 
 
-def _holds(differences: list[Difference]) -> bool:
+def _holds(differences: list[Difference]) -> Literal["yes", "no", "open"]:
     *subnets, full = differences
-    return all(d.direction == 1 for d in subnets) and full.direction != -1 and full.mean >= -TOLERATED
+    if not all(d.direction == 1 for d in subnets) or full.low is None or full.mean < -TOLERATED:
+        return "no"
+    return "yes" if full.low >= -TOLERATED else "open"
 
 
 def _with_price(summary: Summary, method: str) -> str:
