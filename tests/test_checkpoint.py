@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import Quiet
-from ddnn import checkpoint
+from ddnn import checkpoint, recipe
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder, distinct
 from ddnn.errors import RecipeError, RunError
@@ -64,6 +64,15 @@ def test_one_training_at_a_time(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> 
         train(RunFolder.open(run.path), Quiet())
     assert {path.name for path in run.path.iterdir()} == {"recipe.toml"}, "nothing is left of the attempt"
     train(RunFolder.open(run.path), Quiet())
+
+
+def test_a_training_that_has_just_begun_keeps_its_recipe(tiny: Make) -> None:
+    run = tiny("run", "optim.lr=0.1")
+    other = recipe.load("digits", ["optim.lr=0.7"])
+    with run.held(), pytest.raises(RunError, match="another training is writing to"):
+        RunFolder.create(run.path, other)
+    assert RunFolder.open(run.path).recipe == run.recipe
+    assert RunFolder.create(run.path, other).recipe == other, "what never began may be begun anew"
 
 
 def test_a_killed_training_holds_nothing(tiny: Make) -> None:

@@ -120,6 +120,27 @@ def test_resume_after_a_kill_at_any_step_is_bitwise(tiny: Make, monkeypatch: pyt
     assert exact(whole) == exact(killed)
 
 
+def test_a_run_that_goes_on_elsewhere_tells_of_both(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "LOOK_EVERY", 1)
+    run, began = tiny("run"), None
+    for moment, commit in ((1, "first"), (2, "first"), (3, "second"), (4, "second")):
+        monkeypatch.setattr(trainer, "commit", lambda commit=commit: commit)
+
+        def kill(done: int, moment: int = moment) -> None:
+            if done == moment:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(RunFolder.open(run.path), Quiet(kill))
+        began = began or run.read_json("run.json")
+    about = run.read_json("run.json")
+    assert began is not None
+    assert about is not None
+    here = {what: began[what] for what in ("versions", "machine")}
+    assert about == {**began, "resumed": [{"step": 1, **here, "commit": "second"}]}
+    assert about["commit"] == "first"
+
+
 def test_resume_after_sigkill_is_bitwise(tmp_path: Path, tiny: Make) -> None:
     whole = tiny("whole", "train.epochs=6")
     train(whole, Quiet())

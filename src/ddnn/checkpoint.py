@@ -1,7 +1,8 @@
 """The run folder: what a training leaves behind, written so that a kill at any moment loses nothing already there.
 
     recipe.toml          the resolved recipe
-    run.json             versions, machine, seed, data (classes, image size, normalisation)
+    run.json             versions, machine, seed, data (classes, image size, normalisation); `resumed`, where and with
+                         what the run went on, if that was another
     metrics.jsonl        one line per epoch
     tensorboard/         the same as events
     checkpoints/         step-NUMBER-DIGEST.pt, the last two; DIGEST begins the file's sha256
@@ -22,6 +23,7 @@ import pickle
 import re
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class RunFolder:
         taken = not path.is_dir() if path.exists() else False
         if taken or (path.is_dir() and any(f.name != "recipe.toml" for f in path.iterdir())):
             raise RunError(f"{path} exists already; give another --out, or go on with --resume {path}")
-        write_atomic(path / "recipe.toml", recipe.to_toml().encode())
+        with _alone(path, wait_s=0.0) if path.is_dir() else contextlib.nullcontext():
+            write_atomic(path / "recipe.toml", recipe.to_toml().encode())
         return cls(path, recipe)
 
     @classmethod
@@ -83,22 +86,13 @@ class RunFolder:
             raise RunError(f"{path} is no run folder: it has no recipe.toml")
         return cls(path, recipes.reopen(path / "recipe.toml"))
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Keep other trainings out of this folder; `RunError` if one is in it already.
 
         The lock is one of the system's on the folder: a kill lifts it, and no file is left. Where a file system or an
         operating system knows none, nothing is kept out.
         """
-        if fcntl is None:
-            yield
-            return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            _lock(folder, self.path)
-            yield
-        finally:
-            os.close(folder)
+        return _alone(self.path, LINGER_S)
 
     def sweep(self) -> None:
         """Remove what a kill in the middle of a write has left; only for a training that takes the run over."""
@@ -216,8 +210,21 @@ class RunFolder:
         fill(net, self.path / "model.safetensors", digest, stated="summary.json", source=self.path / "recipe.toml")
 
 
-def _lock(folder: int, path: Path) -> None:
-    until = time.monotonic() + LINGER_S
+@contextlib.contextmanager
+def _alone(path: Path, wait_s: float) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        _lock(folder, path, wait_s)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, path: Path, wait_s: float) -> None:
+    until = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -119,7 +119,9 @@ def _train(
         state.teacher = placed(load_teacher(run.path / recipe.objective.teacher, dataset), recipe, device)
     if kept is not None:
         _go_on(state, kept)
-    run.write_json("run.json", describe(recipe, dataset, device, processes.count))
+    if processes.first:
+        about = describe(recipe, dataset, device, processes.count)
+        run.write_json("run.json", about if kept is None else _also(run.read_json("run.json"), about, state.step))
     next_step = state.step + (not state.sums.images)  # an epoch whose end is still to come is told of again
     epochs = [epoch for epoch in run.metrics() if epoch["step"] < next_step]
 
@@ -370,6 +372,18 @@ def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: 
             "corrupt": list(dataset.corrupt),
         },
     }
+
+
+def _also(began: dict[str, Any] | None, now: dict[str, Any], step: int) -> dict[str, Any]:
+    """What `run.json` says of a run that goes on after `step`: how it began and, where it differs, on what since."""
+    if began is None:
+        return now
+    resumed = began.get("resumed", [])
+    before = resumed[-1] if resumed else began
+    here = {what: now[what] for what in ("versions", "machine", "commit")}
+    if all(before.get(what) == value for what, value in here.items()):
+        return began
+    return {**began, "resumed": [*resumed, {"step": step, **here}]}
 
 
 def versions() -> dict[str, str]:
