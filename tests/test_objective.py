@@ -197,13 +197,14 @@ def test_sub_nets_may_learn_by_distillation_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own doing
+@pytest.mark.parametrize("energies", [False, True])
 @pytest.mark.parametrize("attention_map", ["power", "softmax"])
-def test_compiled_terms_and_gradients_are_the_same_within_rounding(attention_map: AttentionMap) -> None:
+def test_compiled_terms_and_gradients_are_the_same_within_rounding(attention_map: AttentionMap, energies: bool) -> None:
     x, target, found = randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 3]), []
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for objective in (EKD(attention_map=attention_map), EKD(attention_map=attention_map).compile()):
         net = small().double()
-        terms = objective(net(x), target)
+        terms = objective(net(x, energies=energies), target)
         torch.stack(list(terms.values())).sum().backward()
         found.append({**terms, **{name: p.grad for name, p in net.named_parameters()}})
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2, (

@@ -90,24 +90,30 @@ def attention_distance(
     `student` and `teacher` hold one feature [N, C_s, H_s, W_s] per stage; channels may differ, the resolution of a
     stage may not. No gradient flows to the teacher. With `power`, two orthogonal maps are exactly 2 apart.
     """
-    ours = [energy(feature) for feature in student]
-    theirs = [energy(feature.detach()) for feature in teacher]
-    return _map_distance(ours, _maps(theirs, attention_map), attention_map)
+    return _map_distance(student, _maps([feature.detach() for feature in teacher], attention_map), attention_map)
 
 
-def _maps(energies: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
-    return [ATTENTION_MAPS[attention_map](of_stage) for of_stage in energies]
+def _stages(output: Output) -> Sequence[Tensor]:
+    """Energies [N, H*W] where they are made already, else features [N, C, H, W]; what follows takes either."""
+    return output.energies or output.features
+
+
+def _map(stage: Tensor, attention_map: AttentionMap) -> Tensor:
+    return ATTENTION_MAPS[attention_map](stage if stage.ndim == 2 else energy(stage))
+
+
+def _maps(stages: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
+    return [_map(stage, attention_map) for stage in stages]
 
 
 def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention_map: AttentionMap) -> Tensor:
-    """`student` holds energies."""
     if len(student) != len(teacher_maps):
         raise DDNNError(
             f"attention needs as many stages in both: {len(student)} in the student, {len(teacher_maps)} in the teacher"
         )
     distances = []
-    for of_stage, theirs in zip(student, teacher_maps, strict=True):
-        ours = ATTENTION_MAPS[attention_map](of_stage)
+    for stage, theirs in zip(student, teacher_maps, strict=True):
+        ours = _map(stage, attention_map)
         if ours.shape != theirs.shape:
             raise DDNNError(
                 f"attention needs features of the same resolution: {ours.shape[1]} positions in the student, "
@@ -168,8 +174,9 @@ class EKD:
     def compile(self) -> "EKD":
         """This objective, from now on with its attention terms compiled by `torch.compile`.
 
-        They are small operators on large features, which a compiler fuses so that each feature is read once. The same
-        within rounding. The first call takes some seconds more, as does the first with features of other shapes.
+        They are many small operators, which a compiler fuses; where the outputs have no energies it makes these too,
+        and reads each feature once. The same within rounding. The first call takes some seconds more, as does the first
+        with features of other shapes.
         """
         self._maps, self._map_distance = torch.compile(_maps), torch.compile(_map_distance)
         return self
@@ -213,7 +220,7 @@ class EKD:
             # what the teacher has to say is the same for all students
             teacher = teacher.detach()
             shown = any(self._weight("attention", name) for name in students)
-            teacher_maps = self._maps(teacher.with_energies().energies, self.attention_map) if shown else []
+            teacher_maps = self._maps(_stages(teacher), self.attention_map) if shown else []
             told = any(self._weight("kl", name) for name in students)
             log_p = _log_posterior(teacher.logits, self.temperature) if told else None
             for name, student in students.items():
@@ -226,7 +233,7 @@ class EKD:
                 if log_p is not None and kl:
                     terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
                 if attention:
-                    distance = self._map_distance(student.with_energies().energies, teacher_maps, self.attention_map)
+                    distance = self._map_distance(_stages(student), teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * attention * distance
         return terms
 
