@@ -4,8 +4,9 @@
 
 The ceilings are measured here: a large matrix product, and every distinct convolution of the step by itself, forward
 and backward, again and again on the same tensors. A step that did nothing but its convolutions at that speed would
-take `convolutions_alone_s`. The rest of the table says what the step really spends its time on, by kind of operator,
-from torch's profiler. Let nothing else run meanwhile.
+take `convolutions_alone_s`. `tree_bound_in_time` is that over the same sum for the nets apart: what sharing leaves of
+the time, as `tree_bound` is what it leaves of the MACs. The rest of the table says what the step really spends its
+time on, by kind of operator, from torch's profiler. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -34,7 +35,7 @@ KINDS = {
     "optimiser": ("_fused_sgd", "_fused_adam", "Optimizer."),
     "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::fill_", "aten::zero_"),
     "activations, residual sums and their gradients": ("clamp_min", "threshold", "aten::add", "relu"),
-    "attention maps": ("vector_norm", "aten::mul"),
+    "attention maps": ("vector_norm", "aten::mul", "addcmul"),
     "losses": (
         "softmax",
         "kl_div",
@@ -78,7 +79,12 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
     step = stepping(net, backward)
     seconds = median_seconds(step, device)
     operations = 2 * 3 * macs(net, case.size) * case.batch
-    alone, ceilings = convolutions(net, x, bf16)
+    calls = convolutions_of(net, x)
+    found = {one: by_itself(one, device, bf16) for one in calls}
+    alone = sum(count * found[one]["seconds"] for one, count in calls.items())
+    apart = sum(
+        count * found[one]["seconds"] for sub in net.nets.values() for one, count in convolutions_of(sub, x).items()
+    )
     return {
         "preset": preset,
         "batch": case.batch,
@@ -91,7 +97,12 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
         },
         "convolutions_alone_s": alone,
         "share_of_convolution_ceiling": alone / seconds,
-        "convolutions": ceilings,
+        "tree_bound": macs(net, case.size) / sum(macs(sub, case.size) for sub in net.nets.values()),
+        "tree_bound_in_time": alone / apart,
+        "convolutions": [
+            {"input": list(one[0][1:]), "weight": list(one[1]), "stride": one[2][0], "calls": count, **found[one]}
+            for one, count in calls.items()
+        ],
         "shares": shares(step),
     }
 
@@ -105,12 +116,17 @@ def matrix_product(dtype: torch.dtype, device: torch.device, n: int = 2048) -> f
     return 2 * n**3 / median_seconds(lambda: a @ b, device, budget_s=1.5)
 
 
-def convolutions(net: DDNN, x: Tensor, bf16: bool) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of all convolutions of one step by themselves; and each distinct one with the speed it reaches."""
-    calls: Counter[tuple[Any, ...]] = Counter()
+Convolution = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Shapes of input and weight, stride, padding, groups."""
+
+
+def convolutions_of(net: nn.Module, x: Tensor) -> Counter[Convolution]:
+    """How often each distinct convolution runs in a forward."""
+    calls: Counter[Convolution] = Counter()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
+        assert not isinstance(module.padding, str)
         calls[tuple(inputs[0].shape), tuple(module.weight.shape), module.stride, module.padding, module.groups] += 1
 
     hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
@@ -118,40 +134,36 @@ def convolutions(net: DDNN, x: Tensor, bf16: bool) -> tuple[float, list[dict[str
         net(x)
     for hook in hooks:
         hook.remove()
-    total, rows = 0.0, []
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    for (shape, weight_shape, stride, padding, groups), count in calls.items():
-        image, weight = (
-            torch.randn(s, device=x.device).to(dtype).to(memory_format=torch.channels_last)
-            for s in (shape, weight_shape)
-        )
-        options = (list(stride), list(padding), [1, 1], False, [0, 0], groups)
-        output = torch.ops.aten.convolution(image, weight, None, *options)
-        gradient = torch.randn_like(output)
-        wants_image = shape[1] != 3  # nothing needs the gradient of the images
-        forward = median_seconds(
-            lambda i=image, w=weight, o=options: torch.ops.aten.convolution(i, w, None, *o), x.device, 0.15
-        )
-        back = median_seconds(
-            lambda i=image, w=weight, o=options, g=gradient, m=wants_image: torch.ops.aten.convolution_backward(
-                g, i, w, None, *o, [m, True, False]
-            ),
-            x.device,
-            0.15,
-        )
-        operations = 2 * output.numel() * weight[0].numel()
-        total += count * (forward + back)
-        rows.append(
-            {
-                "input": list(shape[1:]),
-                "weight": list(weight_shape),
-                "stride": stride[0],
-                "calls": count,
-                "forward_flops": operations / forward,
-                "backward_flops": (2 if wants_image else 1) * operations / back,
-            }
-        )
-    return total, rows
+    return calls
+
+
+def by_itself(convolution: Convolution, device: torch.device, bf16: bool) -> dict[str, float]:
+    """Seconds forward and backward, again and again on the same tensors, and the speeds that these are."""
+    shape, weight_shape, stride, padding, groups = convolution
+    image, weight = (
+        torch.randn(s, device=device)
+        .to(torch.bfloat16 if bf16 else torch.float32)
+        .to(memory_format=torch.channels_last)
+        for s in (shape, weight_shape)
+    )
+    options = (list(stride), list(padding), [1, 1], False, [0, 0], groups)
+    output = torch.ops.aten.convolution(image, weight, None, *options)
+    gradient = torch.randn_like(output)
+    wants_image = shape[1] != 3  # nothing needs the gradient of the images
+    forward = median_seconds(lambda: torch.ops.aten.convolution(image, weight, None, *options), device, 0.15)
+    back = median_seconds(
+        lambda: torch.ops.aten.convolution_backward(
+            gradient, image, weight, None, *options, [wants_image, True, False]
+        ),
+        device,
+        0.15,
+    )
+    operations = 2 * output.numel() * weight[0].numel()
+    return {
+        "seconds": forward + back,
+        "forward_flops": operations / forward,
+        "backward_flops": (2 if wants_image else 1) * operations / back,
+    }
 
 
 def shares(step: Callable[[], object], steps: int = 5) -> dict[str, float]:
@@ -182,6 +194,8 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(f"ceiling: matrix product, {name}", f"{flops / giga:.0f} G/s")
     table.add_row("ceiling: its convolutions by themselves", f"{1000 * found['convolutions_alone_s']:.1f} ms")
     table.add_row("share of that ceiling reached", f"{found['share_of_convolution_ceiling']:.2f}")
+    table.add_row("tree / nets apart, by MACs", f"{found['tree_bound']:.3f}")
+    table.add_row("tree / nets apart, by the time of convolutions by themselves", f"{found['tree_bound_in_time']:.3f}")
     console.print(table)
     kinds = Table(title="where the time goes")
     kinds.add_column("kind of operator")
