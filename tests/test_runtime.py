@@ -156,7 +156,7 @@ def test_many_may_make_the_shared_copy_at_once(bundle: Path, tmp_path: Path) -> 
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("machines"))
     folder = copy / "machines" / this_machine().key
-    left = folder / ".shared.4194305.tmp"  # no process has such a number
+    left = folder / f".shared.{'0' * 16}.tmp"
     left.mkdir(parents=True)
     images = bundles.normalised(3)
     np.save(tmp_path / "images.npy", images)
