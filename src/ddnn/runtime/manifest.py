@@ -7,11 +7,12 @@ is used, and the files it names must lie in the bundle's own folder and have the
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ddnn.errors import BundleError
 from ddnn.version import __version__
@@ -82,6 +83,32 @@ class File:
     bytes: int
 
 
+class Stamp(NamedTuple):
+    """What a file that is opened later is known by; reading all of it again would take as long as loading."""
+
+    inode: int
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Files whose checksums were right."""
+
+    bundle: Path
+    stamps: Mapping[Path, Stamp]
+
+    def unchanged(self) -> None:
+        """`BundleError` where a file is not the one that was checked."""
+        for path, stamp in self.stamps.items():
+            try:
+                same = _stamp(path.lstat()) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise BundleError(f"{path} has changed since it was loaded; load {self.bundle} again")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a bundle."""
@@ -96,11 +123,11 @@ class Manifest:
     digest: str
     """Hex SHA-256 of the manifest, and thereby of the whole bundle."""
 
-    def check_files(self, graphs: Iterable[str]) -> None:
+    def check_files(self, graphs: Iterable[str]) -> Checked:
         """Check these graphs and all files that are no graphs; `BundleError` names the first that is not as it was."""
-        for name, file in self.files.items():
-            if name in set(graphs) or not name.endswith(".onnx"):
-                check_file(self.folder / name, file)
+        wanted = set(graphs)
+        used = {name: file for name, file in self.files.items() if name in wanted or not name.endswith(".onnx")}
+        return Checked(self.folder, {self.folder / name: check_file(self.folder / name, used[name]) for name in used})
 
 
 def checksum(content: Mapping[str, Any]) -> str:
@@ -298,13 +325,14 @@ def _input(section: _Section) -> Input:
     return Input(size, section.whole("resize", least=size), section.numbers("mean", 3), std)
 
 
-def check_file(path: Path, file: File) -> None:
+def check_file(path: Path, file: File) -> Stamp:
     """Check size and checksum of a file; `BundleError` says how it differs."""
     if path.is_symlink():
         raise BundleError(f"{path} is a link; onnxruntime reads no weights through links: copy the file itself")
     try:
         with path.open("rb") as opened:
-            size = path.stat().st_size
+            stamp = _stamp(os.fstat(opened.fileno()))
+            size = stamp.bytes
             if size != file.bytes:
                 what = "is truncated" if size < file.bytes else "is too long"
                 raise BundleError(f"{path} {what}: {size} bytes instead of {file.bytes}; copy the bundle again")
@@ -315,3 +343,8 @@ def check_file(path: Path, file: File) -> None:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
     if checksum != file.sha256:
         raise BundleError(f"{path} is damaged or was replaced: its checksum differs; copy the bundle again")
+    return stamp
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)

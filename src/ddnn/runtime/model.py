@@ -1,5 +1,6 @@
 """A loaded bundle: all its depths, run by name, by a budget, or as a cascade."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,9 +184,9 @@ def load(
     machine and made the first time (docs/runtime.md says what that saves and costs).
 
     Raises `BundleError` for a bundle that is damaged, incomplete or of a newer format, `RequestError` for a depth it
-    does not have.
+    does not have. A file that changes after this is not read: a call that needs it raises `BundleError`.
     """
-    manifest = manifests.read(Path(bundle))
+    manifest = manifests.read(Path(os.path.realpath(bundle)))  # which links and the working directory change no more
     if isinstance(only, str):
         only = [only]
     wanted = list(manifest.nets if only is None else only)
@@ -199,11 +200,11 @@ def load(
     nets = {name: net for name, net in manifest.nets.items() if name in wanted}
     count = available_cpus() if threads is None else threads
     if shared:
-        manifest.check_files([file for file in manifest.files if file.endswith(".onnx")])
-        folder = profile.machine_folder(manifest.folder, this_machine()) / "shared"
-        sessions = Sessions(Shared.open(manifest, folder).locate, count, optimise=False)
+        checked = manifest.check_files(manifest.files)
+        copy = Shared.open(manifest, checked, profile.machine_folder(manifest.folder, this_machine()))
+        sessions = Sessions(copy.locate, copy.checked, count, optimise=False)
     else:
         graphs = [net.graph for net in nets.values()] + [net.cascade.graph for net in nets.values() if net.cascade]
-        manifest.check_files(graphs)
-        sessions = Sessions(lambda graph: (manifest.folder / graph, {}), count, optimise=True)
+        checked = manifest.check_files(graphs)
+        sessions = Sessions(lambda graph: (manifest.folder / graph, {}), checked, count, optimise=True)
     return Model(manifest, nets, count, sessions, shared)
