@@ -163,7 +163,10 @@ def test_cascade_measures_chooses_and_is_used(ddnn: Call, bundle: Path, held: Pa
     assert found["wanted"] == "an accuracy of 30.00 %"
     thresholds = found["points"][found["chosen"]]["thresholds"]
     answer = load(bundle).predict(photo, threshold=thresholds)
-    code, out, _ = ddnn("predict", bundle, photo, "--cascade", "--top", 1)
+    code, _, err = ddnn("predict", bundle, photo, "--cascade", "--threads", 3)
+    assert code == 2
+    assert "error: the cascade was not measured with 3 threads but with 1 thread; run: ddnn cascade" in err
+    code, out, _ = ddnn("predict", bundle, photo, "--cascade", "--top", 1, "--threads", 1)
     assert out.splitlines()[0] == f"{photo} ({answer.depth})"
 
 

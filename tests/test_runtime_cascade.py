@@ -371,9 +371,17 @@ def test_the_measured_curve_is_that_of_the_cascade(bundle: Path, photos: Path, m
 def test_a_curve_is_kept_with_its_bundle_and_machine(bundle: Path, measured: Curve, tmp_path: Path) -> None:
     import shutil
 
-    model = ddnn.load(bundle)
+    model = ddnn.load(bundle, threads=1)
     assert curves.read(model.manifest, this_machine()) == measured
     assert model.thresholds() == measured.points[measured.chosen].thresholds
+    for other, sentence in (
+        (ddnn.load(bundle, threads=3), "not measured with 3 threads but with 1 thread; .* --threads 3$"),
+        (ddnn.load(bundle, threads=1, shared=True), "with 1 thread, shared weights but .* --threads 1 --shared$"),
+        (ddnn.load(bundle, "large", threads=1), "a cascade needs all depths"),
+    ):
+        for wanted in ({}, {"accuracy": 0.1}, {"latency_ms": 1e6}):
+            with pytest.raises(RequestError, match=sentence):
+                other.thresholds(**wanted)
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     path = next(copy.glob("machines/*/cascade.json"))

@@ -39,6 +39,7 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="K", help="How many classes to print.")] = 5,
     threads: Threads = None,
+    shared: Shared = False,
     as_json: Json = False,
 ) -> None:
     """Print the classes of images and how sure the net is.
@@ -62,7 +63,7 @@ def predict(
     from ddnn.runtime.cascade import checked
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
-    model = ddnn.load(bundle, threads=threads)
+    model = ddnn.load(bundle, threads=threads, shared=shared)
     if latency_ms is not None:
         depth = model.within(latency_ms=latency_ms)
     thresholds = None

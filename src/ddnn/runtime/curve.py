@@ -10,7 +10,7 @@ from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import machine_folder
+from ddnn.runtime.profile import machine_folder, threads_of
 
 VERSION = 1
 NAME = "cascade.json"
@@ -83,6 +83,16 @@ class Curve:
         """Batch sizes measured."""
         return list(self.calls)
 
+    def under(self, manifest: Manifest, threads: int, shared: bool) -> "Curve":
+        """This curve, if that is what it was measured under; else `RequestError`."""
+        if (self.threads, self.shared) != (threads, shared):
+            raise RequestError(
+                f"the cascade was not measured with {_loaded(threads, shared)} but with "
+                f"{_loaded(self.threads, self.shared)}; run: ddnn cascade {manifest.folder} --data HELD-OUT "
+                f"--threads {threads}{' --shared' if shared else ''}"
+            )
+        return self
+
 
 def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | None = None) -> Curve:
     """The curve with the point chosen for a wanted accuracy, or a wanted mean latency of a batch of the first size.
@@ -121,6 +131,10 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
     enough = [pair for pair in numbered if pair[1].accuracy >= most]
     best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].accuracy)[0]
     return replace(curve, chosen=best, wanted="the accuracy of the most accurate depth")
+
+
+def _loaded(threads: int, shared: bool) -> str:
+    return f"{threads_of(threads)}{', shared weights' if shared else ''}"
 
 
 def write(curve: Curve, manifest: Manifest) -> Path:

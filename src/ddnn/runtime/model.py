@@ -80,9 +80,8 @@ class Model:
 
         Raises `RequestError`, and `BundleError` where only some of the depths are loaded.
         """
+        self._need_all()
         nets = list(self.nets.values())
-        if len(nets) < len(self.manifest.nets):
-            raise RequestError("a cascade needs all depths; load the bundle without only")
         thresholds = checked(threshold, nets)
         batch = batch_of(images, self.manifest.input)
         if not len(batch):
@@ -139,9 +138,10 @@ class Model:
 
         The quickest that reach an accuracy, or the most accurate with such a mean latency; those that command chose if
         neither is given. Raises `BudgetError` if none does, saying by how much, and `RequestError` where nothing was
-        measured on this machine.
+        measured on this machine for a model loaded like this one, with all depths.
         """
-        measured = curve.read(self.manifest, this_machine())
+        self._need_all()
+        measured = curve.read(self.manifest, this_machine()).under(self.manifest, self.threads, self.shared)
         if accuracy is not None or latency_ms is not None:
             measured = curve.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
         return list(measured.points[measured.chosen].thresholds)
@@ -169,6 +169,10 @@ class Model:
             loaded = " loaded" if len(self.nets) < len(self.manifest.nets) else ""
             raise RequestError(f"no depth {depth!r}{loaded} in this bundle; it has {', '.join(self.nets)}")
         return self.nets[depth]
+
+    def _need_all(self) -> None:
+        if len(self.nets) < len(self.manifest.nets):
+            raise RequestError("a cascade needs all depths; load the bundle without only")
 
     def _no_logits(self) -> Floats:
         return np.zeros((0, len(self.classes)), dtype=np.float32)
