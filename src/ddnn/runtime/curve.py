@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,8 @@ class Curve:
     """Which point `ddnn predict --cascade` takes."""
     wanted: str = ""
     """What that was chosen for."""
+    unread: list[str] = field(default_factory=list)
+    """On images that could not be read, for a person."""
 
     @property
     def batches(self) -> list[int]:

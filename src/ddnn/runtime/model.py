@@ -13,7 +13,7 @@ from ddnn.runtime import manifest as manifests
 from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, plan, probabilities
 from ddnn.runtime.machine import available_cpus, this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
-from ddnn.runtime.pixels import Floats, batch_of, normalised, open_rgb, square
+from ddnn.runtime.pixels import Floats, batch_of, from_file, normalised
 from ddnn.runtime.sessions import Sessions
 from ddnn.runtime.shared import Shared
 
@@ -91,7 +91,7 @@ class Model:
     def read(self, path: str | Path) -> Floats:
         """The image in a file as the nets take it: float32 [3, S, S]. Raises `RequestError` where it can't be read."""
         wanted = self.manifest.input
-        return normalised(square(open_rgb(path), wanted)[None], wanted)[0]
+        return normalised(from_file(path, wanted)[None], wanted)[0]
 
     def predict(
         self, path: str | Path, depth: str | None = None, *, top: int = 5, threshold: Threshold | None = None

@@ -180,6 +180,7 @@ def notes(curve: Curve) -> list[str]:
         f"pixels to logits: {', '.join(f'{calls} calls in batches of {size}' for size, calls in curve.calls.items())}.",
         f"Thresholds were chosen for the time of the parts in batches of {batch}.",
         f"Latencies that differ by less than {EVEN:.0%} are called the same.",
+        *(f"{each}." for each in curve.unread),
         *(
             [f"Other work had the machine for {curve.busy:.0%} of the time: measure again when it is idle."]
             if curve.busy > BUSY

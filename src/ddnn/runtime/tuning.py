@@ -109,6 +109,7 @@ def measure(
         busy=max(0.0, 1 - cpu / wall),
         fixed=fixed,
         points=points,
+        unread=list(dict.fromkeys(filter(None, (chosen_on.unread, judged_by.unread)))),
     )
     return choose(measured)
 
