@@ -19,13 +19,20 @@ from ddnn.runtime.manifest import read as read_manifest
 from ddnn.runtime.profile import Condition, Row
 
 
+def measure(bundle: Path, batches: list[int], threads: list[int], *, shared: bool = False) -> profile.Profile:
+    """Measured as briefly as can be, and kept."""
+    found = profile.measure(bundle, batches, threads, shared=shared, seconds=0)
+    profile.write(found, read_manifest(bundle))
+    return found
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, profile.Profile]:
     bundle = bundles.make(tmp_path_factory.mktemp("bundles") / "bundle")
-    profile.measure(bundle, [1], [1], seconds=0)
+    measure(bundle, [1], [1])
     with pytest.MonkeyPatch.context() as patch:
         _know_memory(patch)
-        return bundle, profile.measure(bundle, [3], [1], seconds=0)
+        return bundle, measure(bundle, [3], [1])
 
 
 def _know_memory(patch: pytest.MonkeyPatch) -> None:
@@ -57,12 +64,12 @@ def _memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_memory_is_known")
 def test_further_measurements_are_added(measured: tuple[Path, profile.Profile]) -> None:
     bundle, before = measured
-    after = profile.measure(bundle, [3, 2], [1], shared=True, seconds=0)
+    after = measure(bundle, [3, 2], [1], shared=True)
     assert [row for row in after.rows if not row.shared] == before.rows
     assert {row.condition for row in after.rows} == {
         Condition(1, 1), Condition(3, 1), Condition(2, 1, True), Condition(3, 1, True)
     }  # fmt: skip
-    again = profile.measure(bundle, [3], [1], seconds=0)
+    again = measure(bundle, [3], [1])
     assert len(again.rows) == len(after.rows)
     others = [row for row in after.rows if row.condition != Condition(3, 1)]
     assert [row for row in again.rows if row.condition != Condition(3, 1)] == others
@@ -135,7 +142,7 @@ def test_damaged_profiles_are_named(
     next(bundle.glob("machines/*/profile.json")).write_text(content)
     with pytest.raises(BundleError, match=rf"profile.json {sentence}.*; remove it and measure again"):
         ddnn.load(bundle, threads=1).within(latency_ms=10)
-    assert len(profile.measure(bundle, [1], [1], seconds=0).rows) == 3  # measuring anew mends it
+    assert len(measure(bundle, [1], [1]).rows) == 3  # measuring anew mends it
 
 
 def test_within_picks_for_the_model_as_it_is_loaded(measured: tuple[Path, profile.Profile]) -> None:

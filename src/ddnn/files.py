@@ -34,6 +34,17 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
+def check_writable(folder: Path) -> None:
+    """`RunError` where no file can be written in a folder, which is made if need be: to be known before long work."""
+    trial = _beside(folder / "trial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write in {folder}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when all is in it and on the disk; after an error it is removed.

@@ -121,15 +121,16 @@ def profile(
     counts = threads or sorted({1, available_cpus()})
     with watched(quiet=as_json) as watch:
         measured = profiles.measure(bundle, batch or [1, 8], counts, shared=shared, seconds=seconds, watch=watch)
-    folder = profiles.machine_folder(manifest.folder, measured.machine)
-    files = [folder / profiles.NAME, *drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
-        return
-    _print_profile(measured, manifest)
-    for path in files:
-        print(path)
-    warn_if_busy(max(row.busy for row in measured.rows))
+    else:
+        _print_profile(measured, manifest)
+        warn_if_busy(max(row.busy for row in measured.rows))
+    folder = profiles.write(measured, manifest)  # last: what was measured is seen even where it can't be kept
+    files = [folder / profiles.NAME, *drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
+    if not as_json:
+        for path in files:
+            print(path)
 
 
 def warn_if_busy(busy: float) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from ddnn.errors import BudgetError, BundleError, RequestError
-from ddnn.files import write_atomic
+from ddnn.files import check_writable, write_atomic
 from ddnn.runtime.machine import Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 
@@ -169,23 +169,24 @@ def measure(
     seconds: float = 10.0,
     watch: Callable[[str], None] = lambda doing: None,
 ) -> Profile:
-    """Measure every depth of a bundle on this machine, write it beside what was measured before, and return it all.
+    """Measure every depth of a bundle on this machine, and return it with what was measured before; `write` keeps it.
 
     `seconds`: spent on one condition, more where that is too little for the fewest calls. Depths take turns, so a
     change of the machine's speed meets them all. Latency is that of a call with normalised images; memory is that of
-    processes of their own.
+    processes of their own. Raises `RunError` at once where it could not be written.
     """
     from ddnn.runtime.model import load
 
     machine = this_machine()
     models = {count: load(folder, threads=count, shared=shared) for count in threads}
     manifest = next(iter(models.values())).manifest
+    check_writable(machine_folder(manifest.folder, machine))
     rows, together = [], []
     for batch in batches:
         memory = {}
         for name in [*manifest.nets, ""]:
             watch(f"memory of {name or 'all depths'}, batch {batch}")
-            memory[name] = _memory_of_process(folder, name, batch, max(threads), shared)
+            memory[name] = _memory_of_process(manifest.folder, name, batch, max(threads), shared)
         together.append(Together(batch, shared, *memory[""]))
         for count, model in models.items():
             watch(f"latency, {Condition(batch, count, shared)}")
@@ -194,10 +195,15 @@ def measure(
                 p50, p95 = (float(np.percentile(taken, percent)) for percent in (50, 95))
                 rows.append(Row(name, batch, count, shared, p50, p95, len(taken), busy, *memory[name]))
     path = machine_folder(manifest.folder, machine) / NAME
-    profile = _joined(path, Profile(manifest.digest, machine, now(), rows, together))
+    return _joined(path, Profile(manifest.digest, machine, now(), rows, together))
+
+
+def write(profile: Profile, manifest: Manifest) -> Path:
+    """Keep a profile with its bundle, and return the folder it is in. Raises `RunError`."""
+    folder = machine_folder(manifest.folder, profile.machine)
     content = {"format": "ddnn-profile", "version": VERSION, **asdict(profile)}
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-    return profile
+    write_atomic(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return folder
 
 
 def _joined(path: Path, new: Profile) -> Profile:
@@ -249,7 +255,7 @@ def _memory_of_process(
 ) -> tuple[float | None, float | None]:
     """MiB in memory, now and at the most, of a process that loads one depth, or all, and runs a few batches."""
     command = [sys.executable, "-m", "ddnn.runtime.footprint"]
-    asked = {"bundle": str(folder.resolve()), "depth": depth, "batch": batch, "threads": threads, "shared": shared}
+    asked = {"bundle": str(folder), "depth": depth, "batch": batch, "threads": threads, "shared": shared}
     done = subprocess.run([*command, json.dumps(asked)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
