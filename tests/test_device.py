@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import bundles
+from ddnn.cli.device import watched
 from ddnn.errors import RunError
 from ddnn.runtime import curve, load, profile, tuning
 from ddnn.runtime.machine import available_cpus
@@ -202,6 +203,21 @@ def test_a_bundle_that_cannot_be_written_is_named_before_measuring(
         code, _, err = ddnn(*verb, folder)
         assert code == 1
         assert f"error: cannot write in {folder}/machines/" in err
+
+
+def test_a_name_is_no_markup(ddnn: Call, tmp_path: Path, held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bundles.make(tmp_path / "bundle")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["nets"][0]["name"] = "[/x]"
+    (folder / "manifest.json").write_text(json.dumps(content))
+    monkeypatch.setattr(profile, "_memory_of_process", lambda *_: (60.0, 70.0))
+    for verb in (["profile"], ["cascade", "--data", held]):
+        code, out, _ = ddnn(*verb, folder, "--threads", 1, "--batch", 1, "--seconds", 0)
+        assert code == 0
+        assert "[/x]" in out
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _: True))
+    with watched(quiet=False) as watch:
+        watch("memory of [/x]")
 
 
 @pytest.mark.parametrize("as_json", [False, True])

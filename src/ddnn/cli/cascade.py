@@ -116,7 +116,7 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     content = tables.curve_table(measured)
     table = Table(title=f"held-out images; ms: mean latency of a call; {escape(str(measured.machine))}")
     for i, heading in enumerate(content.headings):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(escape(heading), justify="right" if i else "left")
     for i, row in enumerate(content.rows):
         if i == len(measured.fixed):
             table.add_section()

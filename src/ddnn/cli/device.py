@@ -153,9 +153,10 @@ def _profile_files(measured: "Profile", manifest: "Manifest", folder: Path) -> l
 
 def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{measured.machine}", title_justify="left")
+    table = Table(title=escape(str(measured.machine)), title_justify="left")
     table.add_column("depth")
     for heading in ("top-1 %", "batch", "threads", "median ms", "p95 ms", "memory MiB", "at most MiB"):
         table.add_column(heading, justify="right")
@@ -166,7 +167,7 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
         before = row.condition
         top1 = manifest.nets[row.depth].top1
         table.add_row(
-            row.depth,
+            escape(row.depth),
             "-" if top1 is None else f"{100 * top1:.2f}",
             str(row.batch),
             f"{row.threads}{' shared' if row.shared else ''}",
@@ -253,10 +254,11 @@ def drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
 def watched(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Something that shows on a terminal what is going on."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda doing: None
         return
     with console.status("starting") as status:
-        yield lambda doing: status.update(doing)
+        yield lambda doing: status.update(escape(doing))
