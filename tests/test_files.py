@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddnn.errors import ExportError
-from ddnn.files import hold, new_folder, remove_unused, write_atomic
+from ddnn.files import check_free, hold, new_folder, remove_unused, write_atomic
 
 FILES = 6
 
@@ -120,6 +120,18 @@ def test_only_an_empty_folder_is_taken(tmp_path: Path) -> None:
             make(tmp_path / name)
     with pytest.raises(ExportError, match="cannot write "):
         make(tmp_path / "file" / "folder")
+
+
+def test_what_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(ExportError, match="is the working directory, .*; give a new folder in it, such as .*new$"):
+            check_free(path)
+    (tmp_path / "volume").mkdir()
+    check_free(tmp_path / "volume")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(ExportError, match="volume is a mount point, which cannot be replaced; give a new folder in it"):
+        check_free(tmp_path / "volume")
 
 
 def test_one_that_came_in_between_is_not_overwritten(tmp_path: Path) -> None:

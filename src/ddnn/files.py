@@ -77,9 +77,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_free(path: Path) -> None:
-    """`ExportError` where something is at `path` already; an empty folder is nothing."""
+    """`ExportError` where something is at `path` already; an empty folder is nothing, if another can take its place."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise ExportError(f"{path} exists already and is not overwritten; give another place or remove it")
+    if path.is_dir() and (os.path.ismount(path) or path.samefile(Path.cwd())):
+        what = "a mount point" if os.path.ismount(path) else "the working directory"
+        raise ExportError(f"{path} is {what}, which cannot be replaced; give a new folder in it, such as {path / 'new'}")
 
 
 def hold(folder: Path, *, alone: bool) -> int | None:
