@@ -283,11 +283,21 @@ def test_held_out_images_that_cannot_be_read_are_said(ddnn: Call, tmp_path: Path
         (("predict", "BUNDLE", "x", "--cascade", "--threshold", -1), 2, "-1.0 is no threshold"),
         (("pick", "BUNDLE"), 2, "error: nothing to pick by"),
         (("pick", "/nowhere", "--latency-ms", 1), 1, "error: /nowhere is no bundle"),
-        (("pick", "BUNDLE", "--latency-ms", 1, "--batch", 5), 2, "run: ddnn profile BUNDLE --batch 5"),
+        (("pick", "BUNDLE", "--latency-ms", 1, "--batch", 5), 2, "/bundle --batch 5 --threads"),
         (("profile", "/nowhere"), 1, "error: /nowhere is no bundle"),
         (("cascade", "BUNDLE"), 2, "give held-out images by --data or by --run"),
         (("cascade", "BUNDLE", "--data", "/nowhere"), 2, "error: /nowhere is no held-out data"),
         (("cascade", "BUNDLE", "--data", "x", "--accuracy", 0.5, "--latency-ms", 1), 2, "not both"),
+        (
+            ("cascade", "BUNDLE", "--data", "x", "--latency-ms", "nan"),
+            2,
+            "error: a budget of nan ms must be a number above 0",
+        ),
+        (
+            ("cascade", "BUNDLE", "--data", "x", "--latency-ms", -5),
+            2,
+            "error: a budget of -5.0 ms must be a number above 0",
+        ),
         (("cascade", "BUNDLE", "--run", "/nowhere"), 1, "error: /nowhere is no run folder"),
     ],
 )

@@ -125,7 +125,7 @@ def test_only_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_what_cannot_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in (Path("."), tmp_path):
-        with pytest.raises(ExportError, match="is the working directory, .*; give a new folder in it, such as .*new$"):
+        with pytest.raises(ExportError, match=r"is the working directory, .*; give a new folder in it, such as .*new$"):
             check_free(path)
     (tmp_path / "volume").mkdir()
     check_free(tmp_path / "volume")

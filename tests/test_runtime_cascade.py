@@ -73,6 +73,19 @@ def test_a_batch_is_its_images_one_by_one(bundle: Path) -> None:
         assert np.abs(alone.logits[0] - whole.logits[i]).max() < 1e-5
 
 
+def test_thresholds_may_be_numbers_of_numpy(bundle: Path) -> None:
+    model, images = ddnn.load(bundle), bundles.normalised(9, seed=3)
+    for same in (
+        (0, np.int64(0), np.array(0), np.float32(0), [np.int64(0), np.array(0.0)], np.zeros(2)),
+        (0.5, np.float64(0.5), np.array(0.5), (0.5, np.float32(0.5)), np.array([0.5, 0.5])),
+    ):
+        answers = [model.cascade(images, given) for given in same]
+        assert all(list(each.answered) == list(answers[0].answered) for each in answers)
+    for wrong in (None, object(), [None, 0.5], "ab", [[0.5], [0.5]]):
+        with pytest.raises(RequestError, match="is no threshold; allowed is a probability"):
+            model.cascade(images, wrong)  # type: ignore[arg-type]
+
+
 def test_nothing_is_computed_twice(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs of a cascade hold every block of the tree of paths once, and run on the unsure images alone."""
     convolutions = Counter()
@@ -511,6 +524,33 @@ def test_points_are_chosen_for_what_is_wanted() -> None:
         curves.choose(PAYS, latency_ms=0.4)
     with pytest.raises(RequestError, match="not both"):
         curves.choose(PAYS, accuracy=0.5, latency_ms=1)
+
+
+def test_wanted_is_a_share_or_a_time_above_0(bundle: Path) -> None:
+    model = ddnn.load(bundle)
+    for asked, sentence in (
+        ({"accuracy": 70}, "an accuracy of 70 is none; it is a share from 0 to 1"),
+        ({"accuracy": float("nan")}, "an accuracy of nan is none"),
+        ({"accuracy": "0.7"}, "an accuracy of '0.7' is none"),
+        ({"latency_ms": float("nan")}, "a budget of nan ms must be a number above 0"),
+        ({"latency_ms": -1}, "a budget of -1 ms must be a number above 0"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            curves.choose(PAYS, **asked)
+        with pytest.raises(RequestError, match=sentence):  # before a curve is looked for
+            model.thresholds(**asked)
+
+
+def test_latencies_of_seconds_have_no_exponent() -> None:
+    slow = a_curve({1: [1000.0, 2000.0, 3210.0]}, [0.5, 0.62, 0.71], {1: [1000.0, 1500.0, 2100.0]})
+    texts = [text for _, text in sentences.verdicts(slow)] + [sentences.worst(slow)]
+    texts += [
+        cell.text for table in (tables.curve_table(slow), tables.match_table(slow)) for r in table.rows for cell in r
+    ]
+    assert "3210" in " ".join(texts)
+    assert not any("e+" in text for text in texts)
+    with pytest.raises(BudgetError, match="the quickest take 1000 ms, 999 ms more"):
+        curves.choose(slow, latency_ms=1)
 
 
 def test_the_page_says_it_all_and_needs_nothing_else(bundle: Path, tmp_path: Path) -> None:

@@ -189,8 +189,11 @@ def test_a_depth_that_is_not_there_is_named(bundle: Path) -> None:
         ddnn.load(bundle)(bundles.normalised(1), depth="huge")
     with pytest.raises(RequestError, match="only names no depth"):
         ddnn.load(bundle, only=[])
-    with pytest.raises(RequestError, match="threads=0 must be from 1"):
+    with pytest.raises(RequestError, match="threads=0 must be a whole number from 1"):
         ddnn.load(bundle, threads=0)
+    for threads in (2.5, True, "2"):
+        with pytest.raises(RequestError, match=f"threads={threads!r} must be a whole number from 1"):
+            ddnn.load(bundle, threads=threads)
 
 
 def test_weights_outside_of_the_folder_are_not_read(bundle: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,32 @@ def test_within_picks_for_the_model_as_it_is_loaded(measured: tuple[Path, profil
         ddnn.load(bundle, threads=3).within(latency_ms=1e6)
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"latency_ms": 5, "batch": 0}, "batch=0 must be a whole number of at least 1"),
+        ({"latency_ms": 5, "batch": 1.5}, "batch=1.5 must be a whole number of at least 1"),
+        ({"latency_ms": "5"}, "a budget of '5' ms must be a number above 0"),
+        ({"memory_mb": True}, "a budget of True MiB must be a number above 0"),
+        ({"latency_ms": float("nan")}, "a budget of nan ms must be a number above 0"),
+    ],
+)
+def test_what_is_no_request_is_refused(tmp_path: Path, asked: dict[str, Any], sentence: str) -> None:
+    """Whether there is a profile or not."""
+    with pytest.raises(RequestError, match=sentence):
+        ddnn.load(bundles.make(tmp_path / "bundle")).within(**asked)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.01234, "0.0123"), (3.21, "3.21"), (999.4, "999"), (999.6, "1000"), (3210.4, "3210"), (1.5e6, "1500000")],
+)
+def test_a_number_has_no_exponent(number: float, text: str) -> None:
+    assert profile.three(number) == text
+    with pytest.raises(BudgetError, match=f"takes {text} ms, "):
+        profile.pick([row("a", number, number)], NETS, latency_ms=number / 2)
+
+
 # ---- the rule
 
 
@@ -232,7 +259,7 @@ def test_what_cannot_be_picked_by_is_said() -> None:
     with pytest.raises(RequestError, match="nothing to pick by"):
         profile.pick(ROWS, NETS)
     for limit in (0, -1, float("nan")):
-        with pytest.raises(RequestError, match="must be above 0"):
+        with pytest.raises(RequestError, match="must be a number above 0"):
             profile.pick(ROWS, NETS, latency_ms=limit)
     with pytest.raises(RequestError, match="the bundle does not say how accurate b is"):
         profile.pick(ROWS, {**NETS, "b": net("b", None)}, latency_ms=5)

@@ -82,7 +82,9 @@ def check_free(path: Path) -> None:
         raise ExportError(f"{path} exists already and is not overwritten; give another place or remove it")
     if path.is_dir() and (os.path.ismount(path) or path.samefile(Path.cwd())):
         what = "a mount point" if os.path.ismount(path) else "the working directory"
-        raise ExportError(f"{path} is {what}, which cannot be replaced; give a new folder in it, such as {path / 'new'}")
+        raise ExportError(
+            f"{path} is {what}, which cannot be replaced; give a new folder in it, such as {path / 'new'}"
+        )
 
 
 def hold(folder: Path, *, alone: bool) -> int | None:

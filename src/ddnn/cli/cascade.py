@@ -66,6 +66,7 @@ def cascade(
     from ddnn.runtime.machine import this_machine
     from ddnn.runtime.profile import machine_folder
 
+    curves.check_wanted(accuracy, latency_ms)
     model = ddnn.load(bundle, threads=threads, shared=shared)
     check_writable(machine_folder(model.manifest.folder, this_machine()))
     if data is not None:

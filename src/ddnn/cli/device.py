@@ -156,6 +156,8 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from ddnn.runtime.profile import three
+
     table = Table(title=escape(str(measured.machine)), title_justify="left")
     table.add_column("depth")
     for heading in ("top-1 %", "batch", "threads", "median ms", "p95 ms", "memory MiB", "at most MiB"):
@@ -171,8 +173,8 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
             "-" if top1 is None else f"{100 * top1:.2f}",
             str(row.batch),
             f"{row.threads}{' shared' if row.shared else ''}",
-            _three(row.p50_ms),
-            _three(row.p95_ms),
+            three(row.p50_ms),
+            three(row.p95_ms),
             _whole(row.memory_mb),
             _whole(row.peak_mb),
         )
@@ -183,10 +185,6 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
             f"all depths in one process{shared}, batch {each.batch}: {_whole(each.memory_mb)} MiB, "
             f"at most {_whole(each.peak_mb)} MiB"
         )
-
-
-def _three(number: float) -> str:
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _whole(number: float | None) -> str:
@@ -218,7 +216,7 @@ def pick(
 
     manifest = read(bundle)
     condition = profiles.Condition(batch, threads or available_cpus(), shared)
-    rows = profiles.read(manifest, this_machine()).rows_for(condition, manifest.nets)
+    rows = profiles.read(manifest, this_machine()).rows_for(condition, manifest.nets, manifest.folder)
     try:
         choice = profiles.pick(rows, manifest.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95)
     except BudgetError as error:
@@ -229,11 +227,9 @@ def pick(
         print(json.dumps({"top1": choice.top1, **asdict(choice.row)}, indent=2))
         return
     row = choice.row
+    latency = f"{profiles.three(row.p50_ms)} ms (p95 {profiles.three(row.p95_ms)} ms)"
     memory = "" if row.peak_mb is None else f", at most {row.peak_mb:.0f} MiB"
-    print(
-        f"{choice.depth}: top-1 {100 * choice.top1:.2f} %, {row.p50_ms:.3g} ms (p95 {row.p95_ms:.3g} ms){memory}; "
-        f"{row.condition}"
-    )
+    print(f"{choice.depth}: top-1 {100 * choice.top1:.2f} %, {latency}{memory}; {row.condition}")
 
 
 def drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:

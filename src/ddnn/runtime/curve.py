@@ -10,7 +10,7 @@ from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import machine_folder, threads_of
+from ddnn.runtime.profile import check_above_0, is_number, machine_folder, threads_of, three
 
 VERSION = 1
 NAME = "cascade.json"
@@ -96,6 +96,15 @@ class Curve:
         return self
 
 
+def check_wanted(accuracy: float | None, latency_ms: float | None) -> None:
+    """`RequestError` for what no thresholds can be chosen by."""
+    if accuracy is not None and latency_ms is not None:
+        raise RequestError("give a wanted accuracy or a wanted latency, not both")
+    if accuracy is not None and not (is_number(accuracy) and 0 <= accuracy <= 1):
+        raise RequestError(f"an accuracy of {accuracy!r} is none; it is a share from 0 to 1, such as 0.7")
+    check_above_0(latency_ms, "ms")
+
+
 def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | None = None) -> Curve:
     """The curve with the point chosen for a wanted accuracy, or a wanted mean latency of a batch of the first size.
 
@@ -108,8 +117,7 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
     def latency(pair: tuple[int, Point]) -> float:
         return pair[1].took[batch].mean
 
-    if accuracy is not None and latency_ms is not None:
-        raise RequestError("give a wanted accuracy or a wanted latency, not both")
+    check_wanted(accuracy, latency_ms)
     if accuracy is not None:
         enough = [pair for pair in numbered if pair[1].sure >= accuracy]
         if not enough:
@@ -125,7 +133,7 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
             least = min(map(latency, numbered))
             raise BudgetError(
                 f"no thresholds answer in {latency_ms:g} ms on average (batch {batch}): the quickest take "
-                f"{least:.3g} ms, {least - latency_ms:.3g} ms more"
+                f"{three(least)} ms, {three(least - latency_ms)} ms more"
             )
         best = max(quick, key=lambda pair: (pair[1].sure, -latency(pair)))[0]
         return replace(curve, chosen=best, wanted=f"a mean latency of {latency_ms:g} ms (batch {batch})")

@@ -129,8 +129,12 @@ class Model:
 
         Raises `BudgetError` if none does, saying by how much, and `RequestError` where this machine has no profile.
         """
-        condition = profile.Condition(batch, self.threads, self.shared)
-        rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets)
+        if not _is_whole(batch) or batch < 1:
+            raise RequestError(f"batch={batch!r} must be a whole number of at least 1")
+        for unit, limit in (("ms", latency_ms), ("MiB", memory_mb)):
+            profile.check_above_0(limit, unit)
+        condition = profile.Condition(int(batch), self.threads, self.shared)
+        rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets, self.manifest.folder)
         return profile.pick(rows, self.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95).depth
 
     def thresholds(self, accuracy: float | None = None, latency_ms: float | None = None) -> list[float]:
@@ -140,6 +144,7 @@ class Model:
         neither is given. Raises `BudgetError` if none does, saying by how much, and `RequestError` where nothing was
         measured on this machine for a model loaded like this one, with all depths.
         """
+        curve.check_wanted(accuracy, latency_ms)
         self._need_all()
         measured = curve.read(self.manifest, this_machine()).under(self.manifest, self.threads, self.shared)
         if accuracy is not None or latency_ms is not None:
@@ -178,6 +183,10 @@ class Model:
         return np.zeros((0, len(self.classes)), dtype=np.float32)
 
 
+def _is_whole(value: Any) -> bool:
+    return profile.is_number(value) and isinstance(value, int | np.integer)
+
+
 def load(
     bundle: str | Path, only: Iterable[str] | None = None, *, threads: int | None = None, shared: bool = False
 ) -> Model:
@@ -199,10 +208,10 @@ def load(
             raise RequestError(f"no depth {name!r} in the bundle {bundle}; it has {', '.join(manifest.nets)}")
     if not wanted:
         raise RequestError(f"only names no depth of the bundle {bundle}; it has {', '.join(manifest.nets)}")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise RequestError(f"threads={threads} must be from 1 to 1024")
+    if threads is not None and not (_is_whole(threads) and 1 <= threads <= 1024):
+        raise RequestError(f"threads={threads!r} must be a whole number from 1 to 1024")
     nets = {name: net for name, net in manifest.nets.items() if name in wanted}
-    count = available_cpus() if threads is None else threads
+    count = available_cpus() if threads is None else int(threads)
     if shared:
         checked = manifest.check_files(manifest.files)
         copy = Shared.open(manifest, checked, profile.machine_folder(manifest.folder, this_machine()))

@@ -40,6 +40,22 @@ def threads_of(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def three(number: float) -> str:
+    """Three digits, or all before the point, and never an exponent for what is large."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy; a truth value is none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_above_0(limit: Any, unit: str) -> None:
+    """`RequestError` where a budget is no number above 0; None is no budget."""
+    if limit is not None and not (is_number(limit) and limit > 0):  # a NaN is not
+        raise RequestError(f"a budget of {limit!r} {unit} must be a number above 0")
+
+
 class Condition(NamedTuple):
     """What latency depends on beside the depth."""
 
@@ -99,15 +115,15 @@ class Profile:
     rows: list[Row] = field(default_factory=list)
     together: list[Together] = field(default_factory=list)
 
-    def rows_for(self, condition: Condition, depths: Iterable[str]) -> list[Row]:
-        """The rows of these depths under a condition. Raises `RequestError` where it was not measured."""
+    def rows_for(self, condition: Condition, depths: Iterable[str], bundle: Path) -> list[Row]:
+        """The rows of these depths of a bundle under a condition. Raises `RequestError` where it was not measured."""
         wanted = list(depths)
         rows = [row for row in self.rows if row.condition == condition and row.depth in wanted]
         if len(rows) < len(wanted):
             known = "; ".join(map(str, dict.fromkeys(row.condition for row in self.rows)))
             shared = " --shared" if condition.shared else ""
             raise RequestError(
-                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile BUNDLE "
+                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile {bundle} "
                 f"--batch {condition.batch} --threads {condition.threads}{shared}"
             )
         return rows
@@ -292,8 +308,7 @@ def pick(
     """
     limits = {"ms": latency_ms, "MiB": memory_mb}
     for unit, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise RequestError(f"a budget of {limit:g} {unit} must be above 0")
+        check_above_0(limit, unit)
     if latency_ms is None and memory_mb is None:
         raise RequestError("nothing to pick by: give a latency in ms, a memory in MB, or both")
 
@@ -318,7 +333,7 @@ def pick(
         return Choice(best.depth, accuracies[best.depth], best)
     nearest = min(rows, key=excess)
     over = [
-        f"{value:.3g} {unit}, {value - limit:.3g} {unit} more than {limit:g}"
+        f"{three(value)} {unit}, {three(value - limit)} {unit} more than {limit:g}"
         for unit, value in taken(nearest).items()
         if (limit := limits[unit]) and value is not None and value > limit
     ]

@@ -6,6 +6,7 @@ from typing import Literal
 from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Manifest
+from ddnn.runtime.profile import three
 
 BUSY = 0.1
 """Share of the time taken by other work from which on a measurement is not to be trusted."""
@@ -211,7 +212,7 @@ def percent(share: float) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms"
+    return f"{three(value)} ms"
 
 
 def _less(ratio: float) -> str:
