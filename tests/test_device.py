@@ -163,6 +163,7 @@ def test_cascade_measures_chooses_and_is_used(ddnn: Call, bundle: Path, held: Pa
         "Batch 1:",
         "Batch 4:",
         "goes all the way",
+        "Where it pays was looked up",
         "Chosen for the accuracy of the most accurate",
     ):
         assert text in out

@@ -516,7 +516,9 @@ def test_points_are_chosen_for_what_is_wanted() -> None:
     assert curves.choose(PAYS, accuracy=0.6).chosen == 1
     assert curves.choose(PAYS, latency_ms=2.0).chosen == 1
     assert curves.choose(PAYS, latency_ms=2.1).chosen == 2
-    with pytest.raises(BudgetError, match=r"no thresholds reach an accuracy of 80.00 %: the best reach 71.00 %, 9.00"):
+    with pytest.raises(
+        BudgetError, match=r"no thresholds reach an accuracy of 80.00 %: the best reach 72.00 %, 8.00 points"
+    ):
         curves.choose(PAYS, accuracy=0.8)
     with pytest.raises(
         BudgetError, match=r"no thresholds answer in 0.4 ms on average \(batch 1\): .* 1 ms, 0.6 ms more"
@@ -524,6 +526,18 @@ def test_points_are_chosen_for_what_is_wanted() -> None:
         curves.choose(PAYS, latency_ms=0.4)
     with pytest.raises(RequestError, match="not both"):
         curves.choose(PAYS, accuracy=0.5, latency_ms=1)
+
+
+def test_a_point_is_judged_by_images_that_it_was_not_chosen_on() -> None:
+    """Whatever the accuracies are that it is judged by, the choice is the same."""
+    for wanted in ({}, {"accuracy": 0.6}, {"latency_ms": 2.0}):
+        for curve in (PAYS, NOT, EVEN):
+            lucky = dataclasses.replace(
+                curve,
+                points=[dataclasses.replace(p, accuracy=1 - p.accuracy) for p in curve.points],
+                fixed=[dataclasses.replace(p, accuracy=1 - p.accuracy) for p in curve.fixed],
+            )
+            assert curves.choose(lucky, **wanted).chosen == curves.choose(curve, **wanted).chosen
 
 
 def test_wanted_is_a_share_or_a_time_above_0(bundle: Path) -> None:

@@ -126,7 +126,7 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     print(f"{sentences.headline(measured)}.")
     for sentence in [text for _, text in sentences.verdicts(measured)] + sentences.reasons(measured, manifest):
         print(f"- {sentence}.")
-    for last in (sentences.worst(measured), sentences.caveat(measured)):
+    for last in (sentences.worst(measured), sentences.caveat(measured), sentences.looked_up(measured)):
         if last:
             print(f"{last}.")
     chosen = measured.points[measured.chosen]

@@ -32,20 +32,15 @@ class Point:
     thresholds: list[float]
     """Empty for a fixed depth."""
     chosen_on: float
-    """Accuracy on the images that thresholds were chosen on."""
+    """Accuracy on the images that thresholds were chosen on; what a point is chosen by."""
     accuracy: float
-    """Accuracy on the images they are judged by."""
+    """Accuracy on the images they are judged by; nothing is chosen by it, so that it is not flattered."""
     share: list[float]
     """Of the latter images, answered by each net."""
     macs: float
     """Mean multiply-accumulates of one image."""
     took: dict[int, Took]
     """By batch size."""
-
-    @property
-    def sure(self) -> float:
-        """The accuracy to rely on: the lower of both."""
-        return min(self.chosen_on, self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -108,8 +103,9 @@ def check_wanted(accuracy: float | None, latency_ms: float | None) -> None:
 def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | None = None) -> Curve:
     """The curve with the point chosen for a wanted accuracy, or a wanted mean latency of a batch of the first size.
 
-    Without either, for the accuracy of the most accurate depth, or as near as it gets. Raises `BudgetError` if no point
-    meets what is wanted, saying by how much.
+    Without either, for the accuracy of the most accurate depth, or as near as it gets. Accuracies are those on the
+    images that thresholds were chosen on: by the others a point is judged. Raises `BudgetError` if no point meets what
+    is wanted, saying by how much.
     """
     batch = curve.batches[0]
     numbered = list(enumerate(curve.points))
@@ -119,12 +115,12 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
 
     check_wanted(accuracy, latency_ms)
     if accuracy is not None:
-        enough = [pair for pair in numbered if pair[1].sure >= accuracy]
+        enough = [pair for pair in numbered if pair[1].chosen_on >= accuracy]
         if not enough:
-            most = max(point.sure for point in curve.points)
+            most = max(point.chosen_on for point in curve.points)
             raise BudgetError(
                 f"no thresholds reach an accuracy of {100 * accuracy:.2f} %: the best reach {100 * most:.2f} %, "
-                f"{100 * (accuracy - most):.2f} points less"
+                f"{100 * (accuracy - most):.2f} points less, on the images they are chosen on"
             )
         return replace(curve, chosen=min(enough, key=latency)[0], wanted=f"an accuracy of {100 * accuracy:.2f} %")
     if latency_ms is not None:
@@ -135,11 +131,11 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
                 f"no thresholds answer in {latency_ms:g} ms on average (batch {batch}): the quickest take "
                 f"{three(least)} ms, {three(least - latency_ms)} ms more"
             )
-        best = max(quick, key=lambda pair: (pair[1].sure, -latency(pair)))[0]
+        best = max(quick, key=lambda pair: (pair[1].chosen_on, -latency(pair)))[0]
         return replace(curve, chosen=best, wanted=f"a mean latency of {latency_ms:g} ms (batch {batch})")
-    most = max(point.accuracy for point in curve.fixed)
-    enough = [pair for pair in numbered if pair[1].accuracy >= most]
-    best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].accuracy)[0]
+    most = max(point.chosen_on for point in curve.fixed)
+    enough = [pair for pair in numbered if pair[1].chosen_on >= most]
+    best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].chosen_on)[0]
     return replace(curve, chosen=best, wanted="the accuracy of the most accurate depth")
 
 
