@@ -290,6 +290,18 @@ def test_a_container_has_the_cpus_it_is_granted(monkeypatch: pytest.MonkeyPatch)
         assert machine.available_cpus() == expected
 
 
+def test_other_work_is_seen_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how long threads waited for a CPU: one that slept and one that ended do not count, a new one does."""
+    read = [{"1": (100, 10), "2": (50, 5), "3": (7, 7)}, {"1": (160, 30), "2": (50, 5), "4": (20, 0)}]
+    for threads, cpus, expected in ((2, 2, 20 / 100), (2, 1, 0.0)):
+        times = iter(read)
+        monkeypatch.setattr(machine, "_tasks", lambda times=times: next(times))
+        monkeypatch.setattr(machine, "available_cpus", lambda cpus=cpus: cpus)
+        assert machine.Attention(threads).denied() == pytest.approx(expected)
+    monkeypatch.setattr(machine, "_tasks", dict)
+    assert machine.Attention(2).denied() == 0.0  # a system that does not say
+
+
 def test_memory_is_that_of_this_process() -> None:
     """In a process that has given back nothing before: what an allocator keeps would be used again, and not counted."""
     code = """

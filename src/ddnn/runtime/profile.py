@@ -20,7 +20,7 @@ import numpy as np
 
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import check_writable, write_atomic
-from ddnn.runtime.machine import Machine, this_machine
+from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 
 if TYPE_CHECKING:
@@ -243,10 +243,9 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
     size = model.manifest.input.size
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-    wall, cpu = time.perf_counter(), time.process_time()
+    attention = Attention(model.threads)
     times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return times, max(0.0, 1 - cpu / wall)
+    return times, attention.denied()
 
 
 def in_turns(calls: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, list[float]]:
