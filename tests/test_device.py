@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 import bundles
-from ddnn.runtime import load, profile
+from ddnn.cli.device import watched
+from ddnn.errors import RunError
+from ddnn.runtime import curve, load, profile, tuning
 from ddnn.runtime.machine import available_cpus
+from ddnn.runtime.manifest import read as read_manifest
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -21,7 +24,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = bundles.make(tmp_path_factory.mktemp("bundles") / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profile, "_memory_of_process", lambda *_: (60.0, 70.0))
-        profile.measure(folder, [1], sorted({1, available_cpus()}), seconds=0)
+        found = profile.measure(folder, [1], sorted({1, available_cpus()}), seconds=0)
+        profile.write(found, read_manifest(folder))
     path = next(folder.glob("machines/*/profile.json"))
     content = json.loads(path.read_text())
     for row in content["rows"]:
@@ -74,6 +78,13 @@ def test_an_unreadable_image_does_not_keep_the_others(ddnn: Call, bundle: Path, 
     assert code == 1
     assert f"{photo} (large)" in out
     assert err.startswith(f"error: {tmp_path / 'x.png'} cannot be read as an image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        Image.new("RGB", (1, 9000)).save(tmp_path / "long.png")
+        _, _, err = ddnn("predict", bundle, tmp_path / "long.png")
+    assert err == (
+        f"error: {tmp_path}/long.png: an image of 1 x 9000 pixels is too long and narrow to be resized; crop it\n"
+    )
     code, out, _ = ddnn("predict", bundle, tmp_path / "x.png", photo, "--json")
     assert code == 1
     assert [sorted(each) for each in json.loads(out)["predictions"]] == [
@@ -152,6 +163,7 @@ def test_cascade_measures_chooses_and_is_used(ddnn: Call, bundle: Path, held: Pa
         "Batch 1:",
         "Batch 4:",
         "goes all the way",
+        "Where it pays was looked up",
         "Chosen for the accuracy of the most accurate",
     ):
         assert text in out
@@ -163,7 +175,10 @@ def test_cascade_measures_chooses_and_is_used(ddnn: Call, bundle: Path, held: Pa
     assert found["wanted"] == "an accuracy of 30.00 %"
     thresholds = found["points"][found["chosen"]]["thresholds"]
     answer = load(bundle).predict(photo, threshold=thresholds)
-    code, out, _ = ddnn("predict", bundle, photo, "--cascade", "--top", 1)
+    code, _, err = ddnn("predict", bundle, photo, "--cascade", "--threads", 3)
+    assert code == 2
+    assert "error: the cascade was not measured with 3 threads but with 1 thread; run: ddnn cascade" in err
+    code, out, _ = ddnn("predict", bundle, photo, "--cascade", "--top", 1, "--threads", 1)
     assert out.splitlines()[0] == f"{photo} ({answer.depth})"
 
 
@@ -176,6 +191,83 @@ def test_a_cascade_that_cannot_be_says_by_how_much_and_keeps_the_curve(ddnn: Cal
     code, _, err = ddnn("cascade", bundle, "--data", held, *options, "--latency-ms", 1e-9)
     assert code == 1
     assert "error: no thresholds answer in 1e-09 ms on average (batch 1): the quickest take" in err
+
+
+def test_a_bundle_that_cannot_be_written_is_named_before_measuring(
+    ddnn: Call, tmp_path: Path, held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundles.make(tmp_path / "bundle")
+    (folder / "machines").write_text("in the way")
+    monkeypatch.setattr(profile, "in_turns", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(tuning, "in_turns", lambda *_: pytest.fail("it measures"))
+    for verb in (["profile"], ["cascade", "--data", held]):
+        code, _, err = ddnn(*verb, folder)
+        assert code == 1
+        assert f"error: cannot write in {folder}/machines/" in err
+
+
+def test_a_name_is_no_markup(ddnn: Call, tmp_path: Path, held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bundles.make(tmp_path / "bundle")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["nets"][0]["name"] = "[/x]"
+    (folder / "manifest.json").write_text(json.dumps(content))
+    monkeypatch.setattr(profile, "_memory_of_process", lambda *_: (60.0, 70.0))
+    for verb in (["profile"], ["cascade", "--data", held]):
+        code, out, _ = ddnn(*verb, folder, "--threads", 1, "--batch", 1, "--seconds", 0)
+        assert code == 0
+        assert "[/x]" in out
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _: True))
+    with watched(quiet=False) as watch:
+        watch("memory of [/x]")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_measured_is_printed_even_if_it_cannot_be_kept(
+    ddnn: Call, tmp_path: Path, held: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    for module in (profile, curve):
+        monkeypatch.setattr(module, "write_atomic", full)
+    monkeypatch.setattr(profile, "_memory_of_process", lambda *_: (60.0, 70.0))
+    folder = bundles.make(tmp_path / "bundle")
+    options = [folder, "--threads", 1, "--batch", 1, "--seconds", 0, *(["--json"] if as_json else [])]
+    for verb, rows in ((["profile"], "rows"), (["cascade", "--data", held], "points")):
+        code, out, err = ddnn(*verb, *options)
+        assert code == 1
+        assert "error: cannot write" in err
+        assert json.loads(out)[rows] if as_json else "small" in out
+
+
+def test_batch_sizes_nobody_asked_for_are_left_out(ddnn: Call, tmp_path: Path, held: Path) -> None:
+    folder = bundles.make(tmp_path / "bundle")
+    options = [folder, "--data", held, "--limit", 20, "--threads", 1, "--seconds", 0]
+    code, out, _ = ddnn("cascade", *options, "--json")
+    assert code == 0
+    assert list(json.loads(out)["calls"]) == ["1", "8"]
+    code, _, err = ddnn("cascade", *options, "--batch", 32)
+    assert code == 2
+    assert "error: batch sizes must be from 1 to the 10 images" in err
+
+
+def test_held_out_images_that_cannot_be_read_are_said(ddnn: Call, tmp_path: Path) -> None:
+    folder = bundles.make(tmp_path / "bundle")
+    random = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "held" / bundles.CLASSES[i % 4] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "held" / "ant" / "broken.png").write_text("none")
+    code, out, err = ddnn("cascade", folder, "--data", tmp_path / "held", "--threads", 1, "--seconds", 0, "--json")
+    assert code == 0
+    sentence = (
+        f"1 of 25 images in {tmp_path}/held could not be read, the first: {tmp_path}/held/ant/broken.png cannot be"
+    )
+    assert err.count(f"warning: {sentence}") == 1
+    (note,) = json.loads(out)["unread"]
+    assert note.startswith(sentence)
+    assert sentence in next(folder.glob("machines/*/cascade.html")).read_text()
 
 
 @pytest.mark.parametrize(
@@ -192,11 +284,21 @@ def test_a_cascade_that_cannot_be_says_by_how_much_and_keeps_the_curve(ddnn: Cal
         (("predict", "BUNDLE", "x", "--cascade", "--threshold", -1), 2, "-1.0 is no threshold"),
         (("pick", "BUNDLE"), 2, "error: nothing to pick by"),
         (("pick", "/nowhere", "--latency-ms", 1), 1, "error: /nowhere is no bundle"),
-        (("pick", "BUNDLE", "--latency-ms", 1, "--batch", 5), 2, "run: ddnn profile BUNDLE --batch 5"),
+        (("pick", "BUNDLE", "--latency-ms", 1, "--batch", 5), 2, "/bundle --batch 5 --threads"),
         (("profile", "/nowhere"), 1, "error: /nowhere is no bundle"),
         (("cascade", "BUNDLE"), 2, "give held-out images by --data or by --run"),
         (("cascade", "BUNDLE", "--data", "/nowhere"), 2, "error: /nowhere is no held-out data"),
         (("cascade", "BUNDLE", "--data", "x", "--accuracy", 0.5, "--latency-ms", 1), 2, "not both"),
+        (
+            ("cascade", "BUNDLE", "--data", "x", "--latency-ms", "nan"),
+            2,
+            "error: a budget of nan ms must be a number above 0",
+        ),
+        (
+            ("cascade", "BUNDLE", "--data", "x", "--latency-ms", -5),
+            2,
+            "error: a budget of -5.0 ms must be a number above 0",
+        ),
         (("cascade", "BUNDLE", "--run", "/nowhere"), 1, "error: /nowhere is no run folder"),
     ],
 )

@@ -22,6 +22,7 @@ from ddnn.checkpoint import distinct
 from ddnn.errors import ExportError
 from ddnn.evaluate import macs, parameters
 from ddnn.export import About, bundle, export_bundle
+from ddnn.export import manifest as manifests
 from ddnn.export.parts import Feature, Part, parts
 from ddnn.export.quiet import quiet
 from ddnn.export.weights import Weights
@@ -216,6 +217,49 @@ def refused(net: DDNN, tmp_path: Path, sentence: str, x: torch.Tensor | None = N
 
 def test_what_was_never_calibrated_is_refused(tmp_path: Path) -> None:
     refused(small("recalibrated"), tmp_path, "statistics of a, b were never calibrated")
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"classes": range(5)}, "class names are texts without control characters, not 0"),
+    ({"classes": ("v", "w", "x", "y", "z\n")}, r"class names are texts without control characters, not 'z\\n'"),
+    ({"classes": "vwxyz"}, "classes is a list of names, not 'vwxyz'"),
+    ({"classes": None}, "classes is a list of names, not None"),
+    ({"accuracy": {"a": 0.5}}, "the accuracy of a is top1, top5 and validation, not 0.5"),
+    ({"accuracy": {"a": {"validation": 0.5}}}, "the accuracy of a is top1, top5 and validation, not 0.5"),
+    ({"std": (0.5, 0.5, float("nan"))}, "std above 0, not std=.*nan"),
+    ({"mean": (0.5, float("inf"), 0)}, "not mean=.*inf"),
+    ({"mean": 0.5}, "not mean=0.5"),
+    ({"resize": 18.5}, "resize=18.5 is no whole number of pixels"),
+    ({"resize": 10_000}, "resize=10000 is more than the 8192 pixels"),
+    ({"accuracy": {"a": {"top1": 57.0}}}, "the top1 of a is 57.0; it is a share from 0 to 1"),
+    ({"accuracy": {"a": {"validation": {"top5": float("nan")}}}}, "the top5 of a is nan"),
+    ({"accuracy": {"a": {"top1": "much"}}}, "the top1 of a is 'much'"),
+    ({"accuracy": {"a": {"name": "b"}}}, "the accuracy of a is top1, top5 and validation, not 'name'"),
+    ({"accuracy": {"q": {"top1": 0.5}}}, "an accuracy is given of 'q', which is no net; there are a, b, c"),
+    ({"source": {"loss": float("nan")}}, "source can't be written as JSON"),
+    ({"source": {"net": object()}}, "source can't be written as JSON"),
+]
+
+
+def test_mistakes_are_found_before_anything_is_traced(net: DDNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "_traced", lambda *_: pytest.fail("it traces"))
+    for change, sentence in MISTAKES:
+        with pytest.raises(ExportError, match=sentence):
+            manifests.check(net, About(**{**vars(ABOUT), **change}), images())
+
+
+def test_arrays_and_tensors_are_numbers_too(net: DDNN) -> None:
+    given = {
+        "classes": np.array(ABOUT.classes),
+        "mean": np.array(ABOUT.mean),
+        "std": torch.tensor([0.25, 0.5, 0.5]),
+        "resize": np.int64(18),
+        "accuracy": {"a": {"top1": np.float32(0.5), "top5": torch.tensor(1.0)}},
+    }
+    about = manifests.check(net, About(**given), images())
+    assert about == About(ABOUT.classes, ABOUT.mean, (0.25, 0.5, 0.5), 18, {"a": {"top1": 0.5, "top5": 1.0}}, {})
+    assert {type(each) for each in (*about.mean, *about.std)} == {float}
+    assert type(about.resize) is int
 
 
 def test_mistakes_end_in_a_sentence(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +18,8 @@ import ddnn
 from ddnn.errors import BundleError, RequestError
 from ddnn.runtime.graphs import externals
 from ddnn.runtime.machine import this_machine
+from ddnn.runtime.manifest import read as read_manifest
+from ddnn.runtime.sessions import Sessions
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +117,13 @@ def test_predict_names_classes_and_confidences(bundle: Path, photo: Path) -> Non
 # ---- the shared copy
 
 
+def copy_name(bundle: Path) -> str:
+    return f"shared-{read_manifest(bundle).digest[:12]}"
+
+
 def test_shared_weights_are_in_the_file_once(bundle: Path) -> None:
     ddnn.load(bundle, shared=True)
-    folder = bundle / "machines" / this_machine().key / "shared"
+    folder = bundle / "machines" / this_machine().key / copy_name(bundle)
     index = json.loads((folder / "shared.json").read_text())
     at = {
         graph: {tuple(place[3]): place[0] for place in tensors.values() if len(place[3]) == 4 and place[3][1] > 3}
@@ -135,7 +143,7 @@ def test_the_shared_copy_is_made_once_and_again_when_damaged(bundle: Path, tmp_p
     shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("machines"))
     images = bundles.normalised(4)
     expected = ddnn.load(copy, shared=True)(images)
-    folder = copy / "machines" / this_machine().key / "shared"
+    folder = copy / "machines" / this_machine().key / copy_name(copy)
     written = (folder / "shared.json").stat().st_mtime_ns
     assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
     assert (folder / "shared.json").stat().st_mtime_ns == written
@@ -146,7 +154,7 @@ def test_the_shared_copy_is_made_once_and_again_when_damaged(bundle: Path, tmp_p
         assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
     (folder / "shared.bin").write_bytes((folder / "shared.bin").read_bytes()[:-100])
     assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
-    assert [path.name for path in folder.parent.iterdir()] == ["shared"]  # nothing half-written is left
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-written is left
 
 
 def test_many_may_make_the_shared_copy_at_once(bundle: Path, tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_many_may_make_the_shared_copy_at_once(bundle: Path, tmp_path: Path) -> 
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("machines"))
     folder = copy / "machines" / this_machine().key
-    left = folder / ".shared.4194305.tmp"  # no process has such a number
+    left = folder / f".{copy_name(copy)}.{'0' * 16}.tmp"
     left.mkdir(parents=True)
     images = bundles.normalised(3)
     np.save(tmp_path / "images.npy", images)
@@ -170,7 +178,7 @@ print(model(numpy.load({str(tmp_path / "images.npy")!r})).tobytes().hex())
         found = list(pool.map(lambda _: ddnn.load(copy, shared=True)(images).tobytes().hex(), range(4)))
     found += [process.communicate()[0].strip() for process in processes]
     assert len(set(found)) == 1
-    assert [path.name for path in folder.iterdir()] == ["shared"]
+    assert [path.name for path in folder.iterdir()] == [copy_name(copy)]
 
 
 def test_a_bundle_that_cannot_be_written_to_is_loaded_without_sharing(bundle: Path, tmp_path: Path) -> None:
@@ -185,13 +193,78 @@ def test_a_bundle_that_cannot_be_written_to_is_loaded_without_sharing(bundle: Pa
 
 
 def test_the_shared_copy_belongs_to_its_bundle(tmp_path: Path) -> None:
+    """One in use goes on with what it was made of; one that nobody uses is removed by the next that is made."""
     bundle, images = bundles.make(tmp_path / "b"), bundles.normalised(2)
-    ddnn.load(bundle, shared=True)
-    other = bundles.make(tmp_path / "other", seed=7)
-    for path in other.iterdir():
-        path.replace(bundle / path.name)
-    expected = bundles.reference("large", images, bundles.weights(7))
-    assert np.abs(ddnn.load(bundle, shared=True)(images) - expected).max() < 1e-4
+    old = ddnn.load(bundle, shared=True)
+    for seed, copies in ((7, 2), (8, 2)):
+        other = bundles.make(tmp_path / f"other{seed}", seed=seed)
+        for path in other.iterdir():
+            path.replace(bundle / path.name)
+        expected = bundles.reference("large", images, bundles.weights(seed))
+        assert np.abs(ddnn.load(bundle, shared=True)(images) - expected).max() < 1e-4
+        assert len(list(bundle.glob("machines/*/shared-*"))) == copies
+    for name in bundles.PATHS:
+        expected = bundles.reference(name, images)
+        assert np.abs(old(images, name) - expected).max() < 1e-4
+
+
+# ---- files that change after they were checked
+
+
+def write_in_place(bundle: Path, other: Path) -> None:
+    (bundle / "weights.bin").write_bytes((other / "weights.bin").read_bytes())
+
+
+def put_another(bundle: Path, other: Path) -> None:
+    (other / "weights.bin").replace(bundle / "weights.bin")
+
+
+def remove(bundle: Path, other: Path) -> None:
+    (bundle / "weights.bin").unlink()
+
+
+@pytest.mark.parametrize("change", [write_in_place, put_another, remove])
+def test_a_bundle_that_changes_after_loading_is_refused(tmp_path: Path, change: Callable[[Path, Path], None]) -> None:
+    bundle, other = bundles.make(tmp_path / "b"), bundles.make(tmp_path / "other", seed=7)
+    model, images = ddnn.load(bundle), bundles.normalised(2)
+    before = model(images, "small")
+    change(bundle, other)
+    for name in ("middle", "large"):
+        with pytest.raises(BundleError, match=r"weights.bin has changed since it was loaded; load .*b again"):
+            model(images, name)
+    with pytest.raises(BundleError, match="has changed since it was loaded"):
+        model.cascade(images, [2.0, 0.5])
+    if change is not write_in_place:  # onnxruntime has mapped the file into memory
+        assert np.array_equal(model(images, "small"), before)
+
+
+def test_a_change_while_a_graph_is_made_ready_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, other = bundles.make(tmp_path / "b"), bundles.make(tmp_path / "other", seed=7)
+    model, made = ddnn.load(bundle), Sessions._make
+
+    def late(self: Sessions, graph: str, only: Sequence[str]) -> Any:
+        put_another(bundle, other)
+        return made(self, graph, only)
+
+    monkeypatch.setattr(Sessions, "_make", late)
+    with pytest.raises(BundleError, match="has changed since it was loaded"):
+        model(bundles.normalised(1))
+
+
+def test_links_and_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundles.make(tmp_path / "old")
+    bundles.make(tmp_path / "new", seed=7)
+    link, images = tmp_path / "bundle", bundles.normalised(2)
+    link.symlink_to("old")
+    monkeypatch.chdir(tmp_path)
+    models = [ddnn.load("bundle"), ddnn.load("old"), ddnn.load("bundle", shared=True)]
+    link.unlink()
+    link.symlink_to("new")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "old").symlink_to("../new")
+    for model in models:
+        assert np.abs(model(images) - bundles.reference("large", images)).max() < 1e-4
 
 
 def test_tensors_outside_of_a_graph_are_found(bundle: Path) -> None:

@@ -146,6 +146,15 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "std": (put("input/std", [0.2, 0, 0.2]), "input.std must be above 0"),
     "mean": (put("input/mean", [0.5, 0.5]), "input.mean must be a list of 3 numbers"),
     "boolean": (put("input/size", True), "input.size must be a whole number"),
+    "a huge image": (put("input/size", 1_000_000), "input.size must be a whole number of at most 8192"),
+    "a huge resize": (put("input/resize", 1_000_000), "input.resize must be a whole number of at most 8192"),
+    "a huge number": (put("nets/0/macs", 10**400), r"nets\[0\].macs must be a whole number of at most"),
+    "huge blocks": (put("nets/0/depths/0", 10**400), r"nets\[0\].depths must be a list of whole numbers"),
+    "a huge mean": (put("input/mean", [10**400, 0, 0]), "input.mean must be a list of 3 numbers"),
+    "a huge accuracy": (put("nets/0/top1", 10**400), r"nets\[0\].top1 must be a number from 0 to 1"),
+    "control characters": (put("nets/0/name", "a\x1b[2J"), r"nets\[0\].name is 'a\\x1b\[2J'; a name has no control"),
+    "a class of two lines": (put("classes/0", "ant\nbee"), "classes has 'ant.nbee'; a name has no control characters"),
+    "half a character": (put("classes/0", "\ud800"), "classes has .*; a name has no control characters"),
 }
 
 
@@ -180,8 +189,11 @@ def test_a_depth_that_is_not_there_is_named(bundle: Path) -> None:
         ddnn.load(bundle)(bundles.normalised(1), depth="huge")
     with pytest.raises(RequestError, match="only names no depth"):
         ddnn.load(bundle, only=[])
-    with pytest.raises(RequestError, match="threads=0 must be from 1"):
+    with pytest.raises(RequestError, match="threads=0 must be a whole number from 1"):
         ddnn.load(bundle, threads=0)
+    for threads in (2.5, True, "2"):
+        with pytest.raises(RequestError, match=f"threads={threads!r} must be a whole number from 1"):
+            ddnn.load(bundle, threads=threads)
 
 
 def test_weights_outside_of_the_folder_are_not_read(bundle: Path) -> None:
@@ -192,15 +204,43 @@ def test_weights_outside_of_the_folder_are_not_read(bundle: Path) -> None:
         next(entry for entry in tensor.external_data if entry.key == "location").value = "../weights.bin"
     (bundle / "small.onnx").write_bytes(model.SerializeToString())
     bundles.seal(bundle)
-    with pytest.raises(BundleError, match=r"cannot load .*small.onnx"):
-        ddnn.load(bundle)(bundles.normalised(1), "small")
+    with pytest.raises(
+        BundleError, match=r"small.onnx takes weights from '../weights.bin', which is none of the bundle"
+    ):
+        ddnn.load(bundle)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("where", ["initializer", "attribute", "nested"])
+def test_weights_that_are_not_checked_are_not_read(bundle: Path, where: str, shared: bool) -> None:
+    """A file in the folder that the manifest does not list, wherever a graph may have a tensor."""
+    (bundle / "extra").write_bytes((bundle / "weights.bin").read_bytes())
+    model = onnx.load(bundle / "small.onnx", load_external_data=False)
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(model.graph.initializer[0])
+    if where == "initializer":
+        tensor = model.graph.initializer[0]
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "extra"
+    if where == "attribute":
+        model.graph.node.append(onnx.helper.make_node("Constant", [], ["more"], value=tensor))
+    elif where == "nested":
+        branch = onnx.helper.make_graph([], "branch", [], [], initializer=[tensor])
+        model.graph.node.append(
+            onnx.helper.make_node("If", ["images"], ["more"], then_branch=branch, else_branch=branch)
+        )
+    (bundle / "small.onnx").write_bytes(model.SerializeToString())
+    bundles.seal(bundle)
+    with pytest.raises(
+        BundleError, match=r"small.onnx takes weights from 'extra', which is none of the bundle's files"
+    ):
+        ddnn.load(bundle, shared=shared)
 
 
 def test_a_graph_that_is_none_is_named(bundle: Path) -> None:
     (bundle / "small.onnx").write_bytes(b"no graph")
     bundles.seal(bundle)
-    with pytest.raises(BundleError, match=r"onnxruntime .* cannot load .*small.onnx"):
-        ddnn.load(bundle)(bundles.normalised(1), "small")
+    with pytest.raises(BundleError, match=r"small.onnx is no ONNX graph; export the bundle again"):
+        ddnn.load(bundle)
 
 
 def test_a_graph_of_another_size_is_named(bundle: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,13 +20,20 @@ from ddnn.runtime.manifest import read as read_manifest
 from ddnn.runtime.profile import Condition, Row
 
 
+def measure(bundle: Path, batches: list[int], threads: list[int], *, shared: bool = False) -> profile.Profile:
+    """Measured as briefly as can be, and kept."""
+    found = profile.measure(bundle, batches, threads, shared=shared, seconds=0)
+    profile.write(found, read_manifest(bundle))
+    return found
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, profile.Profile]:
     bundle = bundles.make(tmp_path_factory.mktemp("bundles") / "bundle")
-    profile.measure(bundle, [1], [1], seconds=0)
+    measure(bundle, [1], [1])
     with pytest.MonkeyPatch.context() as patch:
         _know_memory(patch)
-        return bundle, profile.measure(bundle, [3], [1], seconds=0)
+        return bundle, measure(bundle, [3], [1])
 
 
 def _know_memory(patch: pytest.MonkeyPatch) -> None:
@@ -57,12 +65,12 @@ def _memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_memory_is_known")
 def test_further_measurements_are_added(measured: tuple[Path, profile.Profile]) -> None:
     bundle, before = measured
-    after = profile.measure(bundle, [3, 2], [1], shared=True, seconds=0)
+    after = measure(bundle, [3, 2], [1], shared=True)
     assert [row for row in after.rows if not row.shared] == before.rows
     assert {row.condition for row in after.rows} == {
         Condition(1, 1), Condition(3, 1), Condition(2, 1, True), Condition(3, 1, True)
     }  # fmt: skip
-    again = profile.measure(bundle, [3], [1], seconds=0)
+    again = measure(bundle, [3], [1])
     assert len(again.rows) == len(after.rows)
     others = [row for row in after.rows if row.condition != Condition(3, 1)]
     assert [row for row in again.rows if row.condition != Condition(3, 1)] == others
@@ -135,7 +143,7 @@ def test_damaged_profiles_are_named(
     next(bundle.glob("machines/*/profile.json")).write_text(content)
     with pytest.raises(BundleError, match=rf"profile.json {sentence}.*; remove it and measure again"):
         ddnn.load(bundle, threads=1).within(latency_ms=10)
-    assert len(profile.measure(bundle, [1], [1], seconds=0).rows) == 3  # measuring anew mends it
+    assert len(measure(bundle, [1], [1]).rows) == 3  # measuring anew mends it
 
 
 def test_within_picks_for_the_model_as_it_is_loaded(measured: tuple[Path, profile.Profile]) -> None:
@@ -152,6 +160,32 @@ def test_within_picks_for_the_model_as_it_is_loaded(measured: tuple[Path, profil
         model.within(latency_ms=1e6, batch=7)
     with pytest.raises(RequestError, match=r"batch 1, 3 threads was not measured .* --batch 1 --threads 3"):
         ddnn.load(bundle, threads=3).within(latency_ms=1e6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"latency_ms": 5, "batch": 0}, "batch=0 must be a whole number of at least 1"),
+        ({"latency_ms": 5, "batch": 1.5}, "batch=1.5 must be a whole number of at least 1"),
+        ({"latency_ms": "5"}, "a budget of '5' ms must be a number above 0"),
+        ({"memory_mb": True}, "a budget of True MiB must be a number above 0"),
+        ({"latency_ms": float("nan")}, "a budget of nan ms must be a number above 0"),
+    ],
+)
+def test_what_is_no_request_is_refused(tmp_path: Path, asked: dict[str, Any], sentence: str) -> None:
+    """Whether there is a profile or not."""
+    with pytest.raises(RequestError, match=sentence):
+        ddnn.load(bundles.make(tmp_path / "bundle")).within(**asked)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.01234, "0.0123"), (3.21, "3.21"), (999.4, "999"), (999.6, "1000"), (3210.4, "3210"), (1.5e6, "1500000")],
+)
+def test_a_number_has_no_exponent(number: float, text: str) -> None:
+    assert profile.three(number) == text
+    with pytest.raises(BudgetError, match=f"takes {text} ms, "):
+        profile.pick([row("a", number, number)], NETS, latency_ms=number / 2)
 
 
 # ---- the rule
@@ -225,7 +259,7 @@ def test_what_cannot_be_picked_by_is_said() -> None:
     with pytest.raises(RequestError, match="nothing to pick by"):
         profile.pick(ROWS, NETS)
     for limit in (0, -1, float("nan")):
-        with pytest.raises(RequestError, match="must be above 0"):
+        with pytest.raises(RequestError, match="must be a number above 0"):
             profile.pick(ROWS, NETS, latency_ms=limit)
     with pytest.raises(RequestError, match="the bundle does not say how accurate b is"):
         profile.pick(ROWS, {**NETS, "b": net("b", None)}, latency_ms=5)
@@ -254,6 +288,18 @@ def test_a_container_has_the_cpus_it_is_granted(monkeypatch: pytest.MonkeyPatch)
     for granted, expected in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)):
         monkeypatch.setattr(Path, "read_text", lambda self, granted=granted: granted)
         assert machine.available_cpus() == expected
+
+
+def test_other_work_is_seen_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how long threads waited for a CPU: one that slept and one that ended do not count, a new one does."""
+    read = [{"1": (100, 10), "2": (50, 5), "3": (7, 7)}, {"1": (160, 30), "2": (50, 5), "4": (20, 0)}]
+    for threads, cpus, expected in ((2, 2, 20 / 100), (2, 1, 0.0)):
+        times = iter(read)
+        monkeypatch.setattr(machine, "_tasks", lambda times=times: next(times))
+        monkeypatch.setattr(machine, "available_cpus", lambda cpus=cpus: cpus)
+        assert machine.Attention(threads).denied() == pytest.approx(expected)
+    monkeypatch.setattr(machine, "_tasks", dict)
+    assert machine.Attention(2).denied() == 0.0  # a system that does not say
 
 
 def test_memory_is_that_of_this_process() -> None:

@@ -153,7 +153,7 @@ def export_table(manifest: Mapping[str, Any], place: str) -> Table:
             figures.append(f"{tried['speedup']:.2f} x")
         else:
             figures = [f"{100 * net['top1']:.2f}", f"{net['parity']['max_abs']:.1e}"]
-        table.add_row(net["name"], net["graph"], _short(net["macs"]), *figures)
+        table.add_row(escape(net["name"]), escape(net["graph"]), _short(net["macs"]), *figures)
     return table
 
 

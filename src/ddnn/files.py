@@ -1,20 +1,28 @@
 """Files and folders that are never half written."""
 
 import contextlib
+import glob
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ddnn.errors import ExportError, RunError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that it holds, whatever happens, either what it held before or all of `content`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with beside.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -26,6 +34,17 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
+def check_writable(folder: Path) -> None:
+    """`RunError` where no file can be written in a folder, which is made if need be: to be known before long work."""
+    trial = _beside(folder / "trial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write in {folder}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its place when all is in it and on the disk; after an error it is removed.
@@ -34,11 +53,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     check_free(path)
     place = Path(os.path.abspath(path))
-    beside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    beside, lock = _beside(place), None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place)
-        beside.mkdir()
+        for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):  # by those that were killed
+            if _TOKEN.fullmatch(left.name.removeprefix(f".{place.name}.").removesuffix(".tmp")):
+                remove_unused(left)
+        while lock is None:
+            beside.mkdir()
+            lock = hold(beside, alone=True)  # None where another swept it in this very moment
         yield beside
         for file in beside.iterdir():
             _sync(file)
@@ -49,30 +72,64 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise ExportError(f"cannot write {path}: {error.strerror}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_free(path: Path) -> None:
-    """`ExportError` where something is at `path` already; an empty folder is nothing."""
+    """`ExportError` where something is at `path` already; an empty folder is nothing, if another can take its place."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise ExportError(f"{path} exists already and is not overwritten; give another place or remove it")
+    if path.is_dir() and (os.path.ismount(path) or path.samefile(Path.cwd())):
+        what = "a mount point" if os.path.ismount(path) else "the working directory"
+        raise ExportError(
+            f"{path} is {what}, which cannot be replaced; give a new folder in it, such as {path / 'new'}"
+        )
 
 
-def _sweep(place: Path) -> None:
-    """Remove what exports to the same place that were killed have left."""
-    for left in place.parent.glob(f".{place.name}.*.tmp"):
-        number = left.name.removeprefix(f".{place.name}.").removesuffix(".tmp")
-        if number.isdigit() and not _runs(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
+def hold(folder: Path, *, alone: bool) -> int | None:
+    """A handle that keeps `remove_unused` from a folder until it is closed or the process ends; None: it is gone.
 
-
-def _runs(process: int) -> bool:
+    `alone`: nobody else may hold it; otherwise many may. Waits while another holds it the other way. The lock is one of
+    the system's, so it does not matter in which container or on which host the other is. Where a file system or an
+    operating system knows none, nothing is ever removed as unused.
+    """
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    if folder.exists():
+        return handle
+    os.close(handle)
+    return None
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a folder if nobody holds it, as far as that can be told and done."""
+    if fcntl is None:
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
     except OSError:
-        return True
-    return process != os.getpid()
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # somebody does, or there are no locks here
+        pass
+    finally:
+        os.close(handle)
+
+
+_TOKEN = re.compile("[0-9a-f]{16}")
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder that nobody else makes: equal process numbers are no rarity among containers."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync(path: Path) -> None:

@@ -35,7 +35,11 @@ def cascade(
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="N", help="Images per call (default: 1 8 32); thresholds are for the first."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images per call (default: 1 8 32, as far as images suffice); thresholds are for the first.",
+        ),
     ] = None,
     threads: Threads = None,
     shared: Shared = False,
@@ -56,10 +60,15 @@ def cascade(
     if (data is None) == (run is None):
         raise typer.BadParameter("give held-out images by --data or by --run")
     import ddnn
+    from ddnn.files import check_writable
     from ddnn.runtime import curve as curves
     from ddnn.runtime import heldout, tuning
+    from ddnn.runtime.machine import this_machine
+    from ddnn.runtime.profile import machine_folder
 
+    curves.check_wanted(accuracy, latency_ms)
     model = ddnn.load(bundle, threads=threads, shared=shared)
+    check_writable(machine_folder(model.manifest.folder, this_machine()))
     if data is not None:
         chosen_on, judged_by = heldout.read(data, model.manifest, limit).halves()
     else:
@@ -67,25 +76,27 @@ def cascade(
         from ddnn.cli.run_images import test_and_validation  # needs torch
 
         chosen_on, judged_by = test_and_validation(run, model.manifest, limit)
+    for unread in dict.fromkeys(filter(None, (chosen_on.unread, judged_by.unread))):
+        typer.echo(f"warning: {unread}", err=True)
+    batches = batch or [size for size in (1, 8, 32) if size <= len(judged_by)]
     with watched(quiet=as_json) as watch:
-        measured = tuning.measure(
-            model, chosen_on, judged_by, batch or [1, 8, 32], accuracy=accuracy, seconds=seconds, watch=watch
-        )
+        measured = tuning.measure(model, chosen_on, judged_by, batches, accuracy=accuracy, seconds=seconds, watch=watch)
     try:
         unmet = None
         if accuracy is not None or latency_ms is not None:
             measured = curves.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
     except BudgetError as error:  # the curve is worth keeping all the same
         unmet = error
-    folder = curves.write(measured, model.manifest)
-    files = [folder / curves.NAME, *drawn(lambda: _page(measured, model.manifest, folder), quiet=as_json)]
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
     else:
         _print_curve(measured, model.manifest)
+        warn_if_busy(measured.busy)
+    folder = curves.write(measured, model.manifest)  # last: what was measured is seen even where it can't be kept
+    files = [folder / curves.NAME, *drawn(lambda: _page(measured, model.manifest, folder), quiet=as_json)]
+    if not as_json:
         for path in files:
             print(path)
-        warn_if_busy(measured.busy)
     if unmet is not None:
         raise unmet
 
@@ -106,7 +117,7 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     content = tables.curve_table(measured)
     table = Table(title=f"held-out images; ms: mean latency of a call; {escape(str(measured.machine))}")
     for i, heading in enumerate(content.headings):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(escape(heading), justify="right" if i else "left")
     for i, row in enumerate(content.rows):
         if i == len(measured.fixed):
             table.add_section()
@@ -115,7 +126,7 @@ def _print_curve(measured: "Curve", manifest: "Manifest") -> None:
     print(f"{sentences.headline(measured)}.")
     for sentence in [text for _, text in sentences.verdicts(measured)] + sentences.reasons(measured, manifest):
         print(f"- {sentence}.")
-    for last in (sentences.worst(measured), sentences.caveat(measured)):
+    for last in (sentences.worst(measured), sentences.caveat(measured), sentences.looked_up(measured)):
         if last:
             print(f"{last}.")
     chosen = measured.points[measured.chosen]

@@ -39,6 +39,7 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="K", help="How many classes to print.")] = 5,
     threads: Threads = None,
+    shared: Shared = False,
     as_json: Json = False,
 ) -> None:
     """Print the classes of images and how sure the net is.
@@ -62,7 +63,7 @@ def predict(
     from ddnn.runtime.cascade import checked
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
-    model = ddnn.load(bundle, threads=threads)
+    model = ddnn.load(bundle, threads=threads, shared=shared)
     if latency_ms is not None:
         depth = model.within(latency_ms=latency_ms)
     thresholds = None
@@ -120,15 +121,16 @@ def profile(
     counts = threads or sorted({1, available_cpus()})
     with watched(quiet=as_json) as watch:
         measured = profiles.measure(bundle, batch or [1, 8], counts, shared=shared, seconds=seconds, watch=watch)
-    folder = profiles.machine_folder(manifest.folder, measured.machine)
-    files = [folder / profiles.NAME, *drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
-        return
-    _print_profile(measured, manifest)
-    for path in files:
-        print(path)
-    warn_if_busy(max(row.busy for row in measured.rows))
+    else:
+        _print_profile(measured, manifest)
+        warn_if_busy(max(row.busy for row in measured.rows))
+    folder = profiles.write(measured, manifest)  # last: what was measured is seen even where it can't be kept
+    files = [folder / profiles.NAME, *drawn(lambda: _profile_files(measured, manifest, folder), quiet=as_json)]
+    if not as_json:
+        for path in files:
+            print(path)
 
 
 def warn_if_busy(busy: float) -> None:
@@ -151,9 +153,12 @@ def _profile_files(measured: "Profile", manifest: "Manifest", folder: Path) -> l
 
 def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{measured.machine}", title_justify="left")
+    from ddnn.runtime.profile import three
+
+    table = Table(title=escape(str(measured.machine)), title_justify="left")
     table.add_column("depth")
     for heading in ("top-1 %", "batch", "threads", "median ms", "p95 ms", "memory MiB", "at most MiB"):
         table.add_column(heading, justify="right")
@@ -164,12 +169,12 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
         before = row.condition
         top1 = manifest.nets[row.depth].top1
         table.add_row(
-            row.depth,
+            escape(row.depth),
             "-" if top1 is None else f"{100 * top1:.2f}",
             str(row.batch),
             f"{row.threads}{' shared' if row.shared else ''}",
-            _three(row.p50_ms),
-            _three(row.p95_ms),
+            three(row.p50_ms),
+            three(row.p95_ms),
             _whole(row.memory_mb),
             _whole(row.peak_mb),
         )
@@ -180,10 +185,6 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
             f"all depths in one process{shared}, batch {each.batch}: {_whole(each.memory_mb)} MiB, "
             f"at most {_whole(each.peak_mb)} MiB"
         )
-
-
-def _three(number: float) -> str:
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _whole(number: float | None) -> str:
@@ -215,7 +216,7 @@ def pick(
 
     manifest = read(bundle)
     condition = profiles.Condition(batch, threads or available_cpus(), shared)
-    rows = profiles.read(manifest, this_machine()).rows_for(condition, manifest.nets)
+    rows = profiles.read(manifest, this_machine()).rows_for(condition, manifest.nets, manifest.folder)
     try:
         choice = profiles.pick(rows, manifest.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95)
     except BudgetError as error:
@@ -226,11 +227,9 @@ def pick(
         print(json.dumps({"top1": choice.top1, **asdict(choice.row)}, indent=2))
         return
     row = choice.row
+    latency = f"{profiles.three(row.p50_ms)} ms (p95 {profiles.three(row.p95_ms)} ms)"
     memory = "" if row.peak_mb is None else f", at most {row.peak_mb:.0f} MiB"
-    print(
-        f"{choice.depth}: top-1 {100 * choice.top1:.2f} %, {row.p50_ms:.3g} ms (p95 {row.p95_ms:.3g} ms){memory}; "
-        f"{row.condition}"
-    )
+    print(f"{choice.depth}: top-1 {100 * choice.top1:.2f} %, {latency}{memory}; {row.condition}")
 
 
 def drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
@@ -251,10 +250,11 @@ def drawn(draw: Callable[[], list[Path]], *, quiet: bool) -> list[Path]:
 def watched(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Something that shows on a terminal what is going on."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield lambda doing: None
         return
     with console.status("starting") as status:
-        yield lambda doing: status.update(doing)
+        yield lambda doing: status.update(escape(doing))

@@ -9,7 +9,7 @@ from ddnn.data import Images
 from ddnn.data.sets import Held
 from ddnn.errors import RequestError
 from ddnn.picture import UnreadableError
-from ddnn.runtime.heldout import HeldOut
+from ddnn.runtime.heldout import HeldOut, unread
 from ddnn.runtime.manifest import Manifest
 from ddnn.runtime.pixels import Pixels, square
 from ddnn.trained import data_of
@@ -33,10 +33,12 @@ def _taken(images: Images, what: str, name: str, manifest: Manifest, limit: int)
     chosen = np.random.default_rng(0).permutation(len(images))[:limit]
     pixels: list[Pixels] = []
     kept: list[int] = []
+    failed: list[str] = []
     for i in map(int, chosen):
         try:
             picture = images.picture(i)
-        except UnreadableError:
+        except UnreadableError as error:
+            failed.append(f"number {i}: {error}")
             continue
         # what is held in memory is cut already
         pixels.append(np.asarray(picture) if isinstance(images, Held) else square(picture, manifest.input))
@@ -44,4 +46,6 @@ def _taken(images: Images, what: str, name: str, manifest: Manifest, limit: int)
     if not pixels:
         raise RequestError(f"data {name}: not one of its {what} can be read")
     about = f"{len(kept)} of the {len(images)} {what} of {name}"
-    return HeldOut(np.stack(pixels), images.labels.numpy()[kept], about, len(chosen) - len(kept))
+    return HeldOut(
+        np.stack(pixels), images.labels.numpy()[kept], about, unread(failed, len(kept), f"the {what} of {name}")
+    )

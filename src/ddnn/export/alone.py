@@ -50,7 +50,7 @@ def export_alone(
     unknown = [name for name in subnets if name not in net.depths]
     if unknown:
         raise ExportError(f"no net {unknown[0]!r} in this run; it has {', '.join(net.depths)}")
-    manifests.check(net, about, images)
+    about = manifests.check(net, about, images)
     names = [name for name in net.depths if name in subnets or not subnets]
     expected = eager_logits(net, images)
     entries = []

@@ -35,7 +35,7 @@ def export_bundle(net: DDNN, out: Path, images: Tensor, about: About, int8: Int8
     Raises `ExportError` where `out` exists, the net was never calibrated, a graph differs from the network, or int8
     costs more accuracy than is allowed; then nothing is written.
     """
-    manifests.check(net, about, images)
+    about = manifests.check(net, about, images)
     pieces, size = parts(net), images.shape[-1]
     with new_folder(out) as folder:
         graphs = {part.name: _traced(net, part, images[:2]) for part in reversed(pieces)}

@@ -4,8 +4,8 @@ Every net's part of the cascade starts at the deepest feature that its path has 
 has run before; so what the paths have in common is computed once. Only the images whose answer is unsure go on.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,17 +102,27 @@ def checked(threshold: Threshold, nets: Sequence[Net]) -> list[float]:
     if missing := [net.name for net in nets if net.cascade is None]:
         raise BundleError(f"the bundle has no cascade: none is given for {missing[0]}; export it again")
     wanted = len(nets) - 1
-    given = [threshold] * wanted if isinstance(threshold, int | float | np.floating) else list(threshold)
+    plain: Any = threshold.tolist() if isinstance(threshold, np.ndarray | np.generic) else threshold
+    if isinstance(plain, int | float):
+        given = [plain] * wanted
+    elif isinstance(plain, Iterable):
+        given = [each.tolist() if isinstance(each, np.ndarray | np.generic) else each for each in plain]
+    else:
+        raise _no_threshold(plain)
     if len(given) != wanted:
         names = ", ".join(net.name for net in nets[:-1])
         raise RequestError(f"{len(given)} thresholds are given; allowed are one for all, or one for each of: {names}")
     for each in given:
-        if not (isinstance(each, int | float | np.floating) and each >= 0):  # a NaN is not
-            raise RequestError(
-                f"{each!r} is no threshold; allowed is a probability, or 0 to stop all images, above 1 none, "
-                "2 to leave the net out"
-            )
+        if not (isinstance(each, int | float) and each >= 0):  # a NaN is not
+            raise _no_threshold(each)
     return [float(each) for each in given]
+
+
+def _no_threshold(given: object) -> RequestError:
+    return RequestError(
+        f"{given!r} is no threshold; allowed is a probability, or 0 to stop all images, above 1 none, 2 to leave the "
+        "net out"
+    )
 
 
 def probabilities(logits: Floats) -> npt.NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import machine_folder
+from ddnn.runtime.profile import check_above_0, is_number, machine_folder, threads_of, three
 
 VERSION = 1
 NAME = "cascade.json"
@@ -32,20 +32,15 @@ class Point:
     thresholds: list[float]
     """Empty for a fixed depth."""
     chosen_on: float
-    """Accuracy on the images that thresholds were chosen on."""
+    """Accuracy on the images that thresholds were chosen on; what a point is chosen by."""
     accuracy: float
-    """Accuracy on the images they are judged by."""
+    """Accuracy on the images they are judged by; nothing is chosen by it, so that it is not flattered."""
     share: list[float]
     """Of the latter images, answered by each net."""
     macs: float
     """Mean multiply-accumulates of one image."""
     took: dict[int, Took]
     """By batch size."""
-
-    @property
-    def sure(self) -> float:
-        """The accuracy to rely on: the lower of both."""
-        return min(self.chosen_on, self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -77,18 +72,40 @@ class Curve:
     """Which point `ddnn predict --cascade` takes."""
     wanted: str = ""
     """What that was chosen for."""
+    unread: list[str] = field(default_factory=list)
+    """On images that could not be read, for a person."""
 
     @property
     def batches(self) -> list[int]:
         """Batch sizes measured."""
         return list(self.calls)
 
+    def under(self, manifest: Manifest, threads: int, shared: bool) -> "Curve":
+        """This curve, if that is what it was measured under; else `RequestError`."""
+        if (self.threads, self.shared) != (threads, shared):
+            raise RequestError(
+                f"the cascade was not measured with {_loaded(threads, shared)} but with "
+                f"{_loaded(self.threads, self.shared)}; run: ddnn cascade {manifest.folder} --data HELD-OUT "
+                f"--threads {threads}{' --shared' if shared else ''}"
+            )
+        return self
+
+
+def check_wanted(accuracy: float | None, latency_ms: float | None) -> None:
+    """`RequestError` for what no thresholds can be chosen by."""
+    if accuracy is not None and latency_ms is not None:
+        raise RequestError("give a wanted accuracy or a wanted latency, not both")
+    if accuracy is not None and not (is_number(accuracy) and 0 <= accuracy <= 1):
+        raise RequestError(f"an accuracy of {accuracy!r} is none; it is a share from 0 to 1, such as 0.7")
+    check_above_0(latency_ms, "ms")
+
 
 def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | None = None) -> Curve:
     """The curve with the point chosen for a wanted accuracy, or a wanted mean latency of a batch of the first size.
 
-    Without either, for the accuracy of the most accurate depth, or as near as it gets. Raises `BudgetError` if no point
-    meets what is wanted, saying by how much.
+    Without either, for the accuracy of the most accurate depth, or as near as it gets. Accuracies are those on the
+    images that thresholds were chosen on: by the others a point is judged. Raises `BudgetError` if no point meets what
+    is wanted, saying by how much.
     """
     batch = curve.batches[0]
     numbered = list(enumerate(curve.points))
@@ -96,15 +113,14 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
     def latency(pair: tuple[int, Point]) -> float:
         return pair[1].took[batch].mean
 
-    if accuracy is not None and latency_ms is not None:
-        raise RequestError("give a wanted accuracy or a wanted latency, not both")
+    check_wanted(accuracy, latency_ms)
     if accuracy is not None:
-        enough = [pair for pair in numbered if pair[1].sure >= accuracy]
+        enough = [pair for pair in numbered if pair[1].chosen_on >= accuracy]
         if not enough:
-            most = max(point.sure for point in curve.points)
+            most = max(point.chosen_on for point in curve.points)
             raise BudgetError(
                 f"no thresholds reach an accuracy of {100 * accuracy:.2f} %: the best reach {100 * most:.2f} %, "
-                f"{100 * (accuracy - most):.2f} points less"
+                f"{100 * (accuracy - most):.2f} points less, on the images they are chosen on"
             )
         return replace(curve, chosen=min(enough, key=latency)[0], wanted=f"an accuracy of {100 * accuracy:.2f} %")
     if latency_ms is not None:
@@ -113,14 +129,18 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
             least = min(map(latency, numbered))
             raise BudgetError(
                 f"no thresholds answer in {latency_ms:g} ms on average (batch {batch}): the quickest take "
-                f"{least:.3g} ms, {least - latency_ms:.3g} ms more"
+                f"{three(least)} ms, {three(least - latency_ms)} ms more"
             )
-        best = max(quick, key=lambda pair: (pair[1].sure, -latency(pair)))[0]
+        best = max(quick, key=lambda pair: (pair[1].chosen_on, -latency(pair)))[0]
         return replace(curve, chosen=best, wanted=f"a mean latency of {latency_ms:g} ms (batch {batch})")
-    most = max(point.accuracy for point in curve.fixed)
-    enough = [pair for pair in numbered if pair[1].accuracy >= most]
-    best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].accuracy)[0]
+    most = max(point.chosen_on for point in curve.fixed)
+    enough = [pair for pair in numbered if pair[1].chosen_on >= most]
+    best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].chosen_on)[0]
     return replace(curve, chosen=best, wanted="the accuracy of the most accurate depth")
+
+
+def _loaded(threads: int, shared: bool) -> str:
+    return f"{threads_of(threads)}{', shared weights' if shared else ''}"
 
 
 def write(curve: Curve, manifest: Manifest) -> Path:

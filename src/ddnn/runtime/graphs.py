@@ -5,12 +5,13 @@ others along unread. Numbers and names are those of onnx.proto.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import message as protobuf
 
 from ddnn.errors import BundleError
 
@@ -58,6 +59,28 @@ def externals(graph: bytes) -> list[External]:
     return found
 
 
+def files_of(graph: bytes) -> set[str]:
+    """What a graph file calls the files its tensors lie in, wherever it has tensors. Raises `BundleError`."""
+    model = _model_message()()
+    try:
+        model.ParseFromString(graph)
+    except protobuf.DecodeError:
+        raise BundleError("is no ONNX graph") from None
+    return {entry.value for entry in _entries(model) if entry.key == "location"}
+
+
+def _entries(message: Any) -> Iterator[Any]:
+    """All that is said of tensors in files, in nested graphs, attributes and functions too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for each in [value] if hasattr(value, "ListFields") else value:
+            if field.message_type.name == "Entry":
+                yield each
+            else:
+                yield from _entries(each)
+
+
 def cut_to(graph: bytes, outputs: Collection[str]) -> bytes:
     """The graph with these of its outputs and what computes them, and no other outputs or nodes."""
     model = _model_message()()
@@ -81,13 +104,34 @@ def _model_message() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="ddnn/onnx.proto", package="ddnn.onnx", syntax="proto2")
     kind = descriptor_pb2.FieldDescriptorProto
     fields = {
-        "Model": [("graph", 7, kind.TYPE_MESSAGE, "Graph", False)],
+        "Model": [
+            ("graph", 7, kind.TYPE_MESSAGE, "Graph", False),
+            ("functions", 25, kind.TYPE_MESSAGE, "Function", True),
+        ],
+        "Function": [("node", 7, kind.TYPE_MESSAGE, "Node", True)],
         "Graph": [
             ("node", 1, kind.TYPE_MESSAGE, "Node", True),
             ("initializer", 5, kind.TYPE_MESSAGE, "Tensor", True),
             ("output", 12, kind.TYPE_MESSAGE, "Value", True),
+            ("sparse_initializer", 15, kind.TYPE_MESSAGE, "Sparse", True),
         ],
-        "Node": [("input", 1, kind.TYPE_STRING, "", True), ("output", 2, kind.TYPE_STRING, "", True)],
+        "Node": [
+            ("input", 1, kind.TYPE_STRING, "", True),
+            ("output", 2, kind.TYPE_STRING, "", True),
+            ("attribute", 5, kind.TYPE_MESSAGE, "Attribute", True),
+        ],
+        "Attribute": [
+            ("t", 5, kind.TYPE_MESSAGE, "Tensor", False),
+            ("g", 6, kind.TYPE_MESSAGE, "Graph", False),
+            ("tensors", 10, kind.TYPE_MESSAGE, "Tensor", True),
+            ("graphs", 11, kind.TYPE_MESSAGE, "Graph", True),
+            ("sparse_tensor", 22, kind.TYPE_MESSAGE, "Sparse", False),
+            ("sparse_tensors", 23, kind.TYPE_MESSAGE, "Sparse", True),
+        ],
+        "Sparse": [
+            ("values", 1, kind.TYPE_MESSAGE, "Tensor", False),
+            ("indices", 2, kind.TYPE_MESSAGE, "Tensor", False),
+        ],
         "Value": [("name", 1, kind.TYPE_STRING, "", False)],
         "Tensor": [
             ("dims", 1, kind.TYPE_INT64, "", True),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ddnn.errors import RequestError
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.pixels import Pixels, open_rgb, square, squares
+from ddnn.runtime.pixels import Pixels, from_file, squares
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 ALLOWED = (
@@ -28,8 +28,8 @@ class HeldOut:
     """[N]."""
     about: str
     """What they are, for a person."""
-    skipped: int = 0
-    """Files that could not be read."""
+    unread: str = ""
+    """How many more could not be read and why, for a person; "" where all could."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,7 +38,8 @@ class HeldOut:
         """Two halves at random, the same at every call."""
         order = np.random.default_rng(0).permutation(len(self))
         first, second = (
-            HeldOut(self.pixels[i], self.labels[i], f"half of {self.about}") for i in (order[::2], order[1::2])
+            HeldOut(self.pixels[i], self.labels[i], f"half of {self.about}", self.unread)
+            for i in (order[::2], order[1::2])
         )
         return first, second
 
@@ -72,14 +73,21 @@ def _folder(root: Path, manifest: Manifest, limit: int) -> HeldOut:
             break
         path, label = files[number]
         try:
-            pixels.append(square(open_rgb(path), manifest.input))
+            pixels.append(from_file(path, manifest.input))
             labels.append(label)
         except RequestError as error:
             failed.append(str(error))
     if not pixels:
         raise RequestError(f"{root} cannot be used: {failed[0] if failed else 'its folders hold no images'}")
     about = f"{len(pixels)} of the {len(files)} images in {root}"
-    return HeldOut(np.stack(pixels), np.array(labels, dtype=np.int64), about, len(failed))
+    return HeldOut(np.stack(pixels), np.array(labels, dtype=np.int64), about, unread(failed, len(pixels), str(root)))
+
+
+def unread(reasons: Sequence[str], read: int, where: str) -> str:
+    """The sentence on images that could not be read, beside so many that could; "" for none."""
+    if not reasons:
+        return ""
+    return f"{len(reasons)} of {len(reasons) + read} images in {where} could not be read, the first: {reasons[0]}"
 
 
 def _arrays(path: Path, manifest: Manifest, limit: int) -> HeldOut:

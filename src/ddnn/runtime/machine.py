@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +83,38 @@ def _processor() -> tuple[str, str]:
         return board, simd
     parts = [about[name] for name in ("cpu implementer", "cpu part") if name in about]
     return about.get("model name") or " ".join(parts) or platform.processor() or "unknown processor", simd
+
+
+class Attention:
+    """How much of the machine this process gets, from now on, for calls that use so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._wall, self._cpu, self._tasks = time.perf_counter(), time.process_time(), _tasks()
+
+    def denied(self) -> float:
+        """Share of the time in which it wanted to run that other work had the CPUs; 0 where that can't be told.
+
+        With one thread, which never sleeps, that is the time it did not run. Of several, some sleep; what counts is how
+        long they waited for a CPU, if the system says so. More threads than CPUs wait for each other.
+        """
+        if self._threads == 1:
+            return max(0.0, 1 - (time.process_time() - self._cpu) / (time.perf_counter() - self._wall))
+        ran = waited = 0
+        for task, (now_ran, now_waited) in _tasks().items():
+            before_ran, before_waited = self._tasks.get(task, (0, 0))
+            ran, waited = ran + now_ran - before_ran, waited + now_waited - before_waited
+        return waited / (ran + waited) if ran and self._threads <= available_cpus() else 0.0
+
+
+def _tasks() -> dict[str, tuple[int, int]]:
+    """By thread of this process: nanoseconds that it ran, and that it waited for a CPU; empty where unknown."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it may have ended
+            ran, waited = path.read_text().split()[:2]
+            found[path.parent.name] = int(ran), int(waited)
+    return found
 
 
 def resident_mb() -> float | None:

@@ -7,11 +7,13 @@ is used, and the files it names must lie in the bundle's own folder and have the
 import hashlib
 import json
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ddnn.errors import BundleError
 from ddnn.version import __version__
@@ -23,6 +25,10 @@ IMAGES = "images"
 LOGITS = "logits"
 MOST_BYTES = 64 * 2**20
 """A larger manifest is not read."""
+MOST_PIXELS = 8192
+"""Longest side of an image that nets may be given; a batch of one takes 800 MB."""
+_MOST = 2**63 - 1
+"""Whole numbers beyond it are no count of anything."""
 
 _FOR_PEOPLE = ("norm", "int8", "versions", "source")
 """What says where a bundle comes from; nothing here depends on it."""
@@ -82,6 +88,32 @@ class File:
     bytes: int
 
 
+class Stamp(NamedTuple):
+    """What a file that is opened later is known by; reading all of it again would take as long as loading."""
+
+    inode: int
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Files whose checksums were right."""
+
+    bundle: Path
+    stamps: Mapping[Path, Stamp]
+
+    def unchanged(self) -> None:
+        """`BundleError` where a file is not the one that was checked."""
+        for path, stamp in self.stamps.items():
+            try:
+                same = _stamp(path.lstat()) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise BundleError(f"{path} has changed since it was loaded; load {self.bundle} again")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a bundle."""
@@ -96,17 +128,44 @@ class Manifest:
     digest: str
     """Hex SHA-256 of the manifest, and thereby of the whole bundle."""
 
-    def check_files(self, graphs: Iterable[str]) -> None:
+    def check_files(self, graphs: Iterable[str]) -> Checked:
         """Check these graphs and all files that are no graphs; `BundleError` names the first that is not as it was."""
-        for name, file in self.files.items():
-            if name in set(graphs) or not name.endswith(".onnx"):
-                check_file(self.folder / name, file)
+        wanted = set(graphs)
+        used = {name: file for name, file in self.files.items() if name in wanted or not name.endswith(".onnx")}
+        checked = Checked(
+            self.folder, {self.folder / name: check_file(self.folder / name, used[name]) for name in used}
+        )
+        for name in used:
+            if name.endswith(".onnx"):
+                self._check_sources(self.folder / name)
+        checked.unchanged()
+        return checked
+
+    def _check_sources(self, graph: Path) -> None:
+        """`BundleError` where a graph takes tensors from a file that is not checked."""
+        from ddnn.runtime.graphs import files_of  # protobuf takes a while to load
+
+        try:
+            sources = files_of(graph.read_bytes())
+        except OSError as error:
+            raise BundleError(f"cannot read {graph}: {error.strerror}") from None
+        except BundleError as error:
+            raise BundleError(f"{graph} {error}; export the bundle again") from None
+        if others := sorted(sources - {name for name in self.files if not name.endswith(".onnx")}):
+            raise BundleError(
+                f"{graph} takes weights from {others[0]!r}, which is none of the bundle's files; export it again"
+            )
 
 
 def checksum(content: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a manifest's content but for the checksum itself, wherever its lines break."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def printable(text: str) -> bool:
+    """Whether a text can be shown: it has no control characters, line breaks or halves of characters."""
+    return not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in text)
 
 
 def read(folder: Path) -> Manifest:
@@ -185,18 +244,25 @@ class _Section:
         value = self.get(key)
         if not isinstance(value, str) or not value:
             self.wrong(key, "must be a text")
+        if not printable(value):
+            self.wrong(key, f"is {value!r}; a name has no control characters")
         return str(value)
 
     def texts(self, key: str) -> list[str]:
         value = self.get(key)
         if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
             self.wrong(key, "must be a list of texts")
+        for each in value:
+            if not printable(each):
+                self.wrong(key, f"has {each!r}; a name has no control characters")
         return list(value)
 
-    def whole(self, key: str, least: int = 1) -> int:
+    def whole(self, key: str, least: int = 1, most: int = _MOST) -> int:
         value = self.get(key)
         if type(value) is not int or value < least:
             self.wrong(key, f"must be a whole number of at least {least}")
+        if value > most:
+            self.wrong(key, f"must be a whole number of at most {most}")
         return int(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
@@ -228,7 +294,9 @@ class _Section:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= _MOST
 
 
 def _file(files: _Section, name: str) -> File:
@@ -248,7 +316,7 @@ def _net(section: _Section, files: dict[str, File], shallower: dict[str, Net]) -
     if name in shallower:
         section.wrong("name", f"{name!r} is that of another net too")
     depths = section.get("depths")
-    if not isinstance(depths, list) or not all(type(kept) is int and kept > 0 for kept in depths):
+    if not isinstance(depths, list) or not all(type(kept) is int and 0 < kept <= _MOST for kept in depths):
         section.wrong("depths", "must be a list of whole numbers")
     return Net(
         name=name,
@@ -292,19 +360,20 @@ def _input(section: _Section) -> Input:
         section.wrong("channels", f"is {section.get('channels')!r}; this ddnn reads bundles for RGB images, 3 channels")
     if section.get("interpolation") != "bilinear":
         section.wrong("interpolation", f"is {section.get('interpolation')!r}; this ddnn resizes bilinearly only")
-    size, std = section.whole("size"), section.numbers("std", 3)
+    size, std = section.whole("size", most=MOST_PIXELS), section.numbers("std", 3)
     if min(std) <= 0:
         section.wrong("std", "must be above 0")
-    return Input(size, section.whole("resize", least=size), section.numbers("mean", 3), std)
+    return Input(size, section.whole("resize", least=size, most=MOST_PIXELS), section.numbers("mean", 3), std)
 
 
-def check_file(path: Path, file: File) -> None:
+def check_file(path: Path, file: File) -> Stamp:
     """Check size and checksum of a file; `BundleError` says how it differs."""
     if path.is_symlink():
         raise BundleError(f"{path} is a link; onnxruntime reads no weights through links: copy the file itself")
     try:
         with path.open("rb") as opened:
-            size = path.stat().st_size
+            stamp = _stamp(os.fstat(opened.fileno()))
+            size = stamp.bytes
             if size != file.bytes:
                 what = "is truncated" if size < file.bytes else "is too long"
                 raise BundleError(f"{path} {what}: {size} bytes instead of {file.bytes}; copy the bundle again")
@@ -315,3 +384,8 @@ def check_file(path: Path, file: File) -> None:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
     if checksum != file.sha256:
         raise BundleError(f"{path} is damaged or was replaced: its checksum differs; copy the bundle again")
+    return stamp
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)

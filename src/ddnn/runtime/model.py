@@ -1,5 +1,6 @@
 """A loaded bundle: all its depths, run by name, by a budget, or as a cascade."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from ddnn.runtime import manifest as manifests
 from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, plan, probabilities
 from ddnn.runtime.machine import available_cpus, this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
-from ddnn.runtime.pixels import Floats, batch_of, normalised, open_rgb, square
+from ddnn.runtime.pixels import Floats, batch_of, from_file, normalised
 from ddnn.runtime.sessions import Sessions
 from ddnn.runtime.shared import Shared
 
@@ -79,9 +80,8 @@ class Model:
 
         Raises `RequestError`, and `BundleError` where only some of the depths are loaded.
         """
+        self._need_all()
         nets = list(self.nets.values())
-        if len(nets) < len(self.manifest.nets):
-            raise RequestError("a cascade needs all depths; load the bundle without only")
         thresholds = checked(threshold, nets)
         batch = batch_of(images, self.manifest.input)
         if not len(batch):
@@ -91,7 +91,7 @@ class Model:
     def read(self, path: str | Path) -> Floats:
         """The image in a file as the nets take it: float32 [3, S, S]. Raises `RequestError` where it can't be read."""
         wanted = self.manifest.input
-        return normalised(square(open_rgb(path), wanted)[None], wanted)[0]
+        return normalised(from_file(path, wanted)[None], wanted)[0]
 
     def predict(
         self, path: str | Path, depth: str | None = None, *, top: int = 5, threshold: Threshold | None = None
@@ -129,8 +129,12 @@ class Model:
 
         Raises `BudgetError` if none does, saying by how much, and `RequestError` where this machine has no profile.
         """
-        condition = profile.Condition(batch, self.threads, self.shared)
-        rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets)
+        if not _is_whole(batch) or batch < 1:
+            raise RequestError(f"batch={batch!r} must be a whole number of at least 1")
+        for unit, limit in (("ms", latency_ms), ("MiB", memory_mb)):
+            profile.check_above_0(limit, unit)
+        condition = profile.Condition(int(batch), self.threads, self.shared)
+        rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets, self.manifest.folder)
         return profile.pick(rows, self.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95).depth
 
     def thresholds(self, accuracy: float | None = None, latency_ms: float | None = None) -> list[float]:
@@ -138,9 +142,11 @@ class Model:
 
         The quickest that reach an accuracy, or the most accurate with such a mean latency; those that command chose if
         neither is given. Raises `BudgetError` if none does, saying by how much, and `RequestError` where nothing was
-        measured on this machine.
+        measured on this machine for a model loaded like this one, with all depths.
         """
-        measured = curve.read(self.manifest, this_machine())
+        curve.check_wanted(accuracy, latency_ms)
+        self._need_all()
+        measured = curve.read(self.manifest, this_machine()).under(self.manifest, self.threads, self.shared)
         if accuracy is not None or latency_ms is not None:
             measured = curve.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
         return list(measured.points[measured.chosen].thresholds)
@@ -169,8 +175,16 @@ class Model:
             raise RequestError(f"no depth {depth!r}{loaded} in this bundle; it has {', '.join(self.nets)}")
         return self.nets[depth]
 
+    def _need_all(self) -> None:
+        if len(self.nets) < len(self.manifest.nets):
+            raise RequestError("a cascade needs all depths; load the bundle without only")
+
     def _no_logits(self) -> Floats:
         return np.zeros((0, len(self.classes)), dtype=np.float32)
+
+
+def _is_whole(value: Any) -> bool:
+    return profile.is_number(value) and isinstance(value, int | np.integer)
 
 
 def load(
@@ -183,9 +197,9 @@ def load(
     machine and made the first time (docs/runtime.md says what that saves and costs).
 
     Raises `BundleError` for a bundle that is damaged, incomplete or of a newer format, `RequestError` for a depth it
-    does not have.
+    does not have. A file that changes after this is not read: a call that needs it raises `BundleError`.
     """
-    manifest = manifests.read(Path(bundle))
+    manifest = manifests.read(Path(os.path.realpath(bundle)))  # which links and the working directory change no more
     if isinstance(only, str):
         only = [only]
     wanted = list(manifest.nets if only is None else only)
@@ -194,16 +208,16 @@ def load(
             raise RequestError(f"no depth {name!r} in the bundle {bundle}; it has {', '.join(manifest.nets)}")
     if not wanted:
         raise RequestError(f"only names no depth of the bundle {bundle}; it has {', '.join(manifest.nets)}")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise RequestError(f"threads={threads} must be from 1 to 1024")
+    if threads is not None and not (_is_whole(threads) and 1 <= threads <= 1024):
+        raise RequestError(f"threads={threads!r} must be a whole number from 1 to 1024")
     nets = {name: net for name, net in manifest.nets.items() if name in wanted}
-    count = available_cpus() if threads is None else threads
+    count = available_cpus() if threads is None else int(threads)
     if shared:
-        manifest.check_files([file for file in manifest.files if file.endswith(".onnx")])
-        folder = profile.machine_folder(manifest.folder, this_machine()) / "shared"
-        sessions = Sessions(Shared.open(manifest, folder).locate, count, optimise=False)
+        checked = manifest.check_files(manifest.files)
+        copy = Shared.open(manifest, checked, profile.machine_folder(manifest.folder, this_machine()))
+        sessions = Sessions(copy.locate, copy.checked, count, optimise=False)
     else:
         graphs = [net.graph for net in nets.values()] + [net.cascade.graph for net in nets.values() if net.cascade]
-        manifest.check_files(graphs)
-        sessions = Sessions(lambda graph: (manifest.folder / graph, {}), count, optimise=True)
+        checked = manifest.check_files(graphs)
+        sessions = Sessions(lambda graph: (manifest.folder / graph, {}), checked, count, optimise=True)
     return Model(manifest, nets, count, sessions, shared)

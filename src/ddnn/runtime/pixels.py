@@ -27,14 +27,22 @@ def open_rgb(path: str | Path) -> Image.Image:
         raise RequestError(f"{path} cannot be read as an image: {error}") from None
 
 
-def square(image: Image.Image, wanted: Input) -> Pixels:
-    """The middle of an image in RGB, its shorter side resized to `wanted.resize`: uint8 [S, S, 3]."""
+def from_file(path: str | Path, wanted: Input) -> Pixels:
+    """The image in a file as `square` cuts it. Raises `RequestError`, which names the file."""
+    return square(open_rgb(path), wanted, f"{path}: an image")
+
+
+def square(image: Image.Image, wanted: Input, what: str = "an image") -> Pixels:
+    """The middle of an image in RGB, its shorter side resized to `wanted.resize`: uint8 [S, S, 3].
+
+    Raises `RequestError` for one too long and narrow, calling it `what`.
+    """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     longer = int(wanted.resize * long / short)
     limit = Image.MAX_IMAGE_PIXELS
     if limit and wanted.resize * longer > limit:
-        raise RequestError(f"an image of {width} x {height} pixels is too long and narrow to be resized; crop it")
+        raise RequestError(f"{what} of {width} x {height} pixels is too long and narrow to be resized; crop it")
     size = (wanted.resize, longer) if width <= height else (longer, wanted.resize)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)

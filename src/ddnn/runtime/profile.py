@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from ddnn.errors import BudgetError, BundleError, RequestError
-from ddnn.files import write_atomic
-from ddnn.runtime.machine import Machine, this_machine
+from ddnn.files import check_writable, write_atomic
+from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 
 if TYPE_CHECKING:
@@ -38,6 +38,22 @@ MOST_RUNS = 400
 def threads_of(count: int) -> str:
     """For a person."""
     return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def three(number: float) -> str:
+    """Three digits, or all before the point, and never an exponent for what is large."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy; a truth value is none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_above_0(limit: Any, unit: str) -> None:
+    """`RequestError` where a budget is no number above 0; None is no budget."""
+    if limit is not None and not (is_number(limit) and limit > 0):  # a NaN is not
+        raise RequestError(f"a budget of {limit!r} {unit} must be a number above 0")
 
 
 class Condition(NamedTuple):
@@ -99,15 +115,15 @@ class Profile:
     rows: list[Row] = field(default_factory=list)
     together: list[Together] = field(default_factory=list)
 
-    def rows_for(self, condition: Condition, depths: Iterable[str]) -> list[Row]:
-        """The rows of these depths under a condition. Raises `RequestError` where it was not measured."""
+    def rows_for(self, condition: Condition, depths: Iterable[str], bundle: Path) -> list[Row]:
+        """The rows of these depths of a bundle under a condition. Raises `RequestError` where it was not measured."""
         wanted = list(depths)
         rows = [row for row in self.rows if row.condition == condition and row.depth in wanted]
         if len(rows) < len(wanted):
             known = "; ".join(map(str, dict.fromkeys(row.condition for row in self.rows)))
             shared = " --shared" if condition.shared else ""
             raise RequestError(
-                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile BUNDLE "
+                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile {bundle} "
                 f"--batch {condition.batch} --threads {condition.threads}{shared}"
             )
         return rows
@@ -169,23 +185,24 @@ def measure(
     seconds: float = 10.0,
     watch: Callable[[str], None] = lambda doing: None,
 ) -> Profile:
-    """Measure every depth of a bundle on this machine, write it beside what was measured before, and return it all.
+    """Measure every depth of a bundle on this machine, and return it with what was measured before; `write` keeps it.
 
     `seconds`: spent on one condition, more where that is too little for the fewest calls. Depths take turns, so a
     change of the machine's speed meets them all. Latency is that of a call with normalised images; memory is that of
-    processes of their own.
+    processes of their own. Raises `RunError` at once where it could not be written.
     """
     from ddnn.runtime.model import load
 
     machine = this_machine()
     models = {count: load(folder, threads=count, shared=shared) for count in threads}
     manifest = next(iter(models.values())).manifest
+    check_writable(machine_folder(manifest.folder, machine))
     rows, together = [], []
     for batch in batches:
         memory = {}
         for name in [*manifest.nets, ""]:
             watch(f"memory of {name or 'all depths'}, batch {batch}")
-            memory[name] = _memory_of_process(folder, name, batch, max(threads), shared)
+            memory[name] = _memory_of_process(manifest.folder, name, batch, max(threads), shared)
         together.append(Together(batch, shared, *memory[""]))
         for count, model in models.items():
             watch(f"latency, {Condition(batch, count, shared)}")
@@ -194,10 +211,15 @@ def measure(
                 p50, p95 = (float(np.percentile(taken, percent)) for percent in (50, 95))
                 rows.append(Row(name, batch, count, shared, p50, p95, len(taken), busy, *memory[name]))
     path = machine_folder(manifest.folder, machine) / NAME
-    profile = _joined(path, Profile(manifest.digest, machine, now(), rows, together))
+    return _joined(path, Profile(manifest.digest, machine, now(), rows, together))
+
+
+def write(profile: Profile, manifest: Manifest) -> Path:
+    """Keep a profile with its bundle, and return the folder it is in. Raises `RunError`."""
+    folder = machine_folder(manifest.folder, profile.machine)
     content = {"format": "ddnn-profile", "version": VERSION, **asdict(profile)}
-    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-    return profile
+    write_atomic(folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return folder
 
 
 def _joined(path: Path, new: Profile) -> Profile:
@@ -221,10 +243,9 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
     size = model.manifest.input.size
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-    wall, cpu = time.perf_counter(), time.process_time()
+    attention = Attention(model.threads)
     times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return times, max(0.0, 1 - cpu / wall)
+    return times, attention.denied()
 
 
 def in_turns(calls: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, list[float]]:
@@ -249,7 +270,7 @@ def _memory_of_process(
 ) -> tuple[float | None, float | None]:
     """MiB in memory, now and at the most, of a process that loads one depth, or all, and runs a few batches."""
     command = [sys.executable, "-m", "ddnn.runtime.footprint"]
-    asked = {"bundle": str(folder.resolve()), "depth": depth, "batch": batch, "threads": threads, "shared": shared}
+    asked = {"bundle": str(folder), "depth": depth, "batch": batch, "threads": threads, "shared": shared}
     done = subprocess.run([*command, json.dumps(asked)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -286,8 +307,7 @@ def pick(
     """
     limits = {"ms": latency_ms, "MiB": memory_mb}
     for unit, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise RequestError(f"a budget of {limit:g} {unit} must be above 0")
+        check_above_0(limit, unit)
     if latency_ms is None and memory_mb is None:
         raise RequestError("nothing to pick by: give a latency in ms, a memory in MB, or both")
 
@@ -312,7 +332,7 @@ def pick(
         return Choice(best.depth, accuracies[best.depth], best)
     nearest = min(rows, key=excess)
     over = [
-        f"{value:.3g} {unit}, {value - limit:.3g} {unit} more than {limit:g}"
+        f"{three(value)} {unit}, {three(value - limit)} {unit} more than {limit:g}"
         for unit, value in taken(nearest).items()
         if (limit := limits[unit]) and value is not None and value > limit
     ]

@@ -6,6 +6,7 @@ from typing import Literal
 from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Manifest
+from ddnn.runtime.profile import three
 
 BUSY = 0.1
 """Share of the time taken by other work from which on a measurement is not to be trusted."""
@@ -31,7 +32,7 @@ class Match:
 
 
 def match(curve: Curve, depth: Point, batch: int) -> Match:
-    """Compare the cascade with a fixed depth."""
+    """Compare the cascade with a fixed depth, by the images that judge; `notes` says that this is a choice too."""
     enough = [point for point in curve.points if point.accuracy >= depth.accuracy]
     if not enough:
         most = max(curve.points, key=lambda point: point.accuracy)
@@ -142,6 +143,14 @@ def worst(curve: Curve) -> str:
     )
 
 
+def looked_up(curve: Curve) -> str:
+    """That comparisons with depths alone are a choice on the images that judge."""
+    return (
+        f"Where it pays was looked up: the quickest of {len(curve.points)} cascades that is as accurate as a depth on "
+        "the very images that accuracies are measured on; that flatters it where cascades differ by no more than chance"
+    )
+
+
 def caveat(curve: Curve) -> str | None:
     """That a quicker depth is as good as the most accurate one, as far as so few images can tell; None if none is."""
     depth, batch = reference(curve), curve.batches[0]
@@ -173,13 +182,16 @@ def notes(curve: Curve) -> list[str]:
     return [
         "A net answers where its confidence, the probability it gives to its most likely class, reaches its threshold; "
         "otherwise the image goes on to the next net, which starts from what has been computed already.",
-        "Thresholds were chosen on other images than accuracies are measured on; both are held out from training.",
+        "Thresholds, and which of them were chosen, come from other images than accuracies are measured on; both are "
+        "held out from training.",
+        f"{looked_up(curve)}.",
         f"Accuracies are of {curve.judged} images: one standard error is {100 * deviation:.1f} points. All depths and "
         "cascades saw the same images.",
         "Latency is the mean over calls with real images, every depth and every cascade in turns, from normalised "
         f"pixels to logits: {', '.join(f'{calls} calls in batches of {size}' for size, calls in curve.calls.items())}.",
         f"Thresholds were chosen for the time of the parts in batches of {batch}.",
         f"Latencies that differ by less than {EVEN:.0%} are called the same.",
+        *(f"{each}." for each in curve.unread),
         *(
             [f"Other work had the machine for {curve.busy:.0%} of the time: measure again when it is idle."]
             if curve.busy > BUSY
@@ -210,7 +222,7 @@ def percent(share: float) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms"
+    return f"{three(value)} ms"
 
 
 def _less(ratio: float) -> str:

@@ -10,6 +10,7 @@ import onnxruntime
 
 from ddnn.errors import BundleError
 from ddnn.runtime.machine import give_back
+from ddnn.runtime.manifest import Checked
 
 Array = npt.NDArray[np.generic]
 Opened = tuple[Path, Mapping[str, Array]]
@@ -31,10 +32,15 @@ def options(threads: int) -> onnxruntime.SessionOptions:
 
 
 class Sessions:
-    """The sessions of one model. `locate(name)` says where a graph lies and which tensors it takes from memory."""
+    """The sessions of one model. `locate(name)` says where a graph lies and which tensors it takes from memory.
 
-    def __init__(self, locate: Callable[[str], Opened], threads: int, *, optimise: bool) -> None:
+    `checked`: the files that these come from. They are opened long after they were checked, at the first call of a
+    depth; a session of any others is refused.
+    """
+
+    def __init__(self, locate: Callable[[str], Opened], checked: Checked, threads: int, *, optimise: bool) -> None:
         self._locate = locate
+        self._checked = checked
         self._threads = threads
         self._optimise = optimise
         self._made: dict[tuple[str, ...], onnxruntime.InferenceSession] = {}
@@ -57,7 +63,10 @@ class Sessions:
         if key not in self._made:
             with self._making:
                 if key not in self._made:
-                    self._made[key] = self._make(graph, only)
+                    self._checked.unchanged()
+                    session = self._make(graph, only)
+                    self._checked.unchanged()  # nor while it was made
+                    self._made[key] = session
                     give_back()
         return self._made[key]
 

@@ -5,6 +5,9 @@ that every depth has weights of its own in memory. Here the graphs are laid out 
 weights that are the same stay the same. They are written to one file, every tensor once, and all sessions of all
 processes map that file into memory. Such graphs run on the kind of machine they were made on and no other.
 
+The copy of a bundle is called by its digest, so that one of a newer bundle does not take the place of one in use.
+Copies of other bundles that nobody has loaded are removed when a new one is made.
+
     shared.json     which tensor of which graph is where in the file; checksums
     shared.bin      the tensors
     NAME.onnx       the graphs, without them
@@ -12,8 +15,10 @@ processes map that file into memory. Such graphs run on the kind of machine they
 
 import hashlib
 import json
+import os
 import shutil
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +28,15 @@ import numpy.typing as npt
 import onnxruntime
 
 from ddnn.errors import BundleError, ExportError
-from ddnn.files import new_folder
+from ddnn.files import hold, new_folder, remove_unused
 from ddnn.runtime.machine import give_back
-from ddnn.runtime.manifest import File, Manifest, check_file
+from ddnn.runtime.manifest import Checked, File, Manifest, check_file
 from ddnn.runtime.sessions import options
 
 if TYPE_CHECKING:
     from ddnn.runtime.graphs import External
 
-INDEX, WEIGHTS = "shared.json", "shared.bin"
+PREFIX, INDEX, WEIGHTS = "shared-", "shared.json", "shared.bin"
 _SMALL = 256
 """Bytes up to which a tensor stays in its graph."""
 _PAGE = 4096
@@ -42,25 +47,43 @@ _ONE_AT_A_TIME = threading.Lock()
 class Shared:
     """The copy in a folder; `open` makes it where there is none yet."""
 
-    def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, index: Mapping[str, Any], checked: Checked) -> None:
         self.folder = folder
+        self.checked = checked
+        """The files of the copy."""
         self._index = index
         self._bytes: npt.NDArray[np.uint8] = np.memmap(folder / WEIGHTS, dtype=np.uint8, mode="r").view(np.ndarray)
+        checked.unchanged()
 
     @classmethod
-    def open(cls, manifest: Manifest, folder: Path) -> "Shared":
-        """The copy of this bundle in `folder`, made anew where it is of another bundle or damaged.
+    def open(cls, manifest: Manifest, originals: Checked, machine: Path) -> "Shared":
+        """The copy of this bundle in the folder of this machine, made anew where it is damaged.
 
-        Raises `BundleError` where it can't be made.
+        Raises `BundleError` where it can't be made, or the `originals` have changed since they were checked.
         """
+        folder = machine / f"{PREFIX}{manifest.digest[:12]}"
         with _ONE_AT_A_TIME:
-            index = _read(manifest, folder)
-            if index is None:
-                _make(manifest, folder)
-                index = _read(manifest, folder)
-        if index is None:
+            found = cls._held(manifest, folder)
+            if found is None:
+                _make(manifest, originals, folder)
+                found = cls._held(manifest, folder)
+        if found is None:
             raise BundleError(f"the shared copy {folder} is damaged as soon as it is written; load without shared")
-        return cls(folder, index)
+        return found
+
+    @classmethod
+    def _held(cls, manifest: Manifest, folder: Path) -> "Shared | None":
+        """The copy, kept from being removed for as long as anything refers to it; None where there is none."""
+        handle = hold(folder, alone=False) if folder.is_dir() else None
+        if handle is None:
+            return None
+        found = _read(manifest, folder)
+        if found is None:
+            os.close(handle)
+            return None
+        copy = cls(folder, *found)
+        weakref.finalize(copy, os.close, handle)
+        return copy
 
     def locate(self, graph: str) -> tuple[Path, dict[str, npt.NDArray[np.generic]]]:
         """The file of a graph and its tensors, views of the one memory map."""
@@ -71,25 +94,24 @@ class Shared:
         return self.folder / graph, tensors
 
 
-def _read(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
-    """The index; None where there is no copy of this bundle, or a damaged one."""
+def _read(manifest: Manifest, folder: Path) -> tuple[dict[str, Any], Checked] | None:
+    """The index and its files; None where there is no copy of this bundle, or a damaged one."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         checksum = index.pop("sha256")
         if checksum != _checksum(index) or index["bundle"] != manifest.digest:
             return None
-        for name, about in index["files"].items():
-            check_file(folder / name, File(**about))
+        stamps = {folder / name: check_file(folder / name, File(**about)) for name, about in index["files"].items()}
     except (OSError, ValueError, LookupError, AttributeError):  # a `BundleError` is a `ValueError`
         return None
-    return index
+    return index, Checked(manifest.folder, stamps)
 
 
 def _checksum(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def _make(manifest: Manifest, folder: Path) -> None:
+def _make(manifest: Manifest, originals: Checked, folder: Path) -> None:
     """Lay out all graphs; the folder is there whole or not at all."""
     graphs = [net.graph for net in manifest.nets.values()]
     graphs += [net.cascade.graph for net in manifest.nets.values() if net.cascade]
@@ -97,9 +119,12 @@ def _make(manifest: Manifest, folder: Path) -> None:
         if folder.exists():
             if _read(manifest, folder) is not None:  # another process was quicker
                 return
-            shutil.rmtree(folder)  # of an older bundle, or damaged
+            shutil.rmtree(folder)  # damaged
+        for other in folder.parent.glob(f"{PREFIX}*"):
+            remove_unused(other)
         with new_folder(folder) as beside:
             _fill(manifest, graphs, beside)
+            originals.unchanged()
     except ExportError as error:
         if _read(manifest, folder) is None:  # see above
             raise BundleError(f"the shared copy can't be made: {error}; load without shared") from None

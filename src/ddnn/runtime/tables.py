@@ -3,6 +3,7 @@
 from ddnn.page import Cell, Table
 from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
+from ddnn.runtime.profile import three
 from ddnn.runtime.sentences import match
 
 
@@ -20,7 +21,7 @@ def curve_table(curve: Curve) -> Table:
 
 def _numbers(curve: Curve, point: Point) -> list[Cell]:
     shares = [Cell(f"{share:.0%}" if share else "-") for share in point.share]
-    times = [Cell(f"{point.took[b].mean:.3g}", f"p95 {point.took[b].p95:.3g}") for b in curve.batches]
+    times = [Cell(three(point.took[b].mean), f"p95 {three(point.took[b].p95)}") for b in curve.batches]
     return [Cell(f"{100 * point.accuracy:.2f}"), *shares, Cell(_short(point.macs)), *times]
 
 
@@ -34,7 +35,7 @@ def match_table(curve: Curve) -> Table:
             if each.point is None:
                 cells.append(Cell("not reached"))
                 continue
-            took = f"{each.point.took[batch].mean:.3g} instead of {depth.took[batch].mean:.3g}"
+            took = f"{three(each.point.took[batch].mean)} instead of {three(depth.took[batch].mean)}"
             cells.append(Cell(f"{each.ratio:.2f}\N{MULTIPLICATION SIGN}", took, strong=each.pays))
         rows.append(cells)
     return Table(["as accurate as", "top-1 %", *(_batch(batch) for batch in curve.batches)], rows)
@@ -52,5 +53,5 @@ def _batch(batch: int) -> str:
 def _short(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}\N{NO-BREAK SPACE}{unit}"
+            return f"{three(number / size)}\N{NO-BREAK SPACE}{unit}"
     return f"{number:.0f}"

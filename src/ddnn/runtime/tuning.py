@@ -17,7 +17,7 @@ from ddnn.errors import RequestError
 from ddnn.runtime.cascade import NEVER, UNREACHED, confidence
 from ddnn.runtime.curve import Curve, Point, Took, choose
 from ddnn.runtime.heldout import HeldOut
-from ddnn.runtime.machine import this_machine
+from ddnn.runtime.machine import Attention, this_machine
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
 from ddnn.runtime.profile import in_turns, now
@@ -66,11 +66,11 @@ def measure(
     macs = part_macs(nets)
     through = [UNREACHED] * (len(nets) - 1)
     calls, took = {}, {}
-    wall, cpu = time.perf_counter(), time.process_time()
+    attention = Attention(model.threads)
     for batch in batches:
         watch(f"latency in batches of {batch}")
         took[batch], calls[batch] = _latencies(model, [*found, through], judged_by, judged, batch, seconds)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    busy = attention.denied()
     points = [
         Point(
             name="",
@@ -106,9 +106,10 @@ def measure(
         judged=len(judged_by),
         through={batch: took[batch][tuple(through)] for batch in batches},
         calls=calls,
-        busy=max(0.0, 1 - cpu / wall),
+        busy=busy,
         fixed=fixed,
         points=points,
+        unread=list(dict.fromkeys(filter(None, (chosen_on.unread, judged_by.unread)))),
     )
     return choose(measured)
 
