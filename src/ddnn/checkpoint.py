@@ -18,10 +18,8 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,14 +33,9 @@ from torch import Tensor
 
 from ddnn import recipe as recipes
 from ddnn.errors import RunError
-from ddnn.files import write_atomic
+from ddnn.files import held_alone, write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
@@ -212,30 +205,10 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _alone(path: Path, wait_s: float) -> Iterator[None]:
-    if fcntl is None:
+    with held_alone(path, wait_s) as held:
+        if not held:
+            raise RunError(f"another training is writing to {path}; let it end, or stop it first")
         yield
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        _lock(folder, path, wait_s)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _lock(folder: int, path: Path, wait_s: float) -> None:
-    until = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise RunError(f"another training is writing to {path}; let it end, or stop it first") from None
-            time.sleep(0.2)
-        except OSError:
-            return  # a file system without locks
-        else:
-            return
 
 
 def distinct(net: DDNN) -> dict[str, Tensor]:

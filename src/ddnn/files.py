@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,6 +106,33 @@ def hold(folder: Path, *, alone: bool) -> int | None:
         return handle
     os.close(handle)
     return None
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path, wait_s: float) -> Iterator[bool]:
+    """Hold a folder as `hold` does; False where another still holds it after so many seconds."""
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _locked(handle, time.monotonic() + wait_s)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, until: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        except OSError:  # there are no locks here
+            return True
+        else:
+            return True
 
 
 def remove_unused(folder: Path) -> None:
