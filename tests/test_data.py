@@ -616,6 +616,54 @@ def test_own_validation_split_of_a_table(tmp_path: Path, secret: bool, carved: b
     assert len(without.train) == 21
 
 
+def tiny_imagenet(root: Path) -> Path:
+    """As Tiny ImageNet comes: boxes beside the training images, labels of the validation in a file, a secret test."""
+    class_folders(root / "train", {"n01/images": 6, "n02/images": 6})
+    (root / "train/n01/n01_boxes.txt").write_text("0.png\t0\t0\t7\t7\n")
+    class_folders(root, {"val/images": 4, "test/images": 3})
+    wnids = ("n02", "n01", "n02", "n02")
+    lines = "".join(f"{i}.png\t{wnid}\t0\t0\t7\t7\n" for i, wnid in enumerate(wnids))
+    (root / "val/val_annotations.txt").write_text(lines)
+    (root / "wnids.txt").write_text("n01\nn02\n")
+    return root
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_tiny_imagenet_as_it_comes(tmp_path: Path, secret: bool, caplog: pytest.LogCaptureFixture) -> None:
+    root = tiny_imagenet(tmp_path / "d")
+    if not secret:
+        shutil.rmtree(root / "test")
+    dataset = data.load(source(root, validation=0, memory_mb=0), 0)
+    assert dataset.classes == ("n01", "n02")
+    assert (len(dataset.train), dataset.validation) == (12, None)
+    assert isinstance(dataset.test, Stored)
+    assert dataset.test.labels.tolist() == [0, 1, 1, 1]  # by class, as if they were in class folders
+    names = [dataset.test.files.reader.name(i) for i in original(dataset.test)]
+    assert names == [f"{root}/val/images/{i}.png" for i in (1, 0, 2, 3)]
+    said = "test: passed over, as its images are in no folder of a training class; to use it, sort them into test/<cl"
+    assert (said in caplog.text) == secret
+
+
+def test_labels_in_a_file_are_checked(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "d")
+    write(root / "val/images/4.png")
+    with pytest.raises(DataError, match=r"d/val: images/4.png has no line in val_annotations.txt; label it there, or"):
+        data.load(source(root), 0)
+    with (root / "val/val_annotations.txt").open("a") as file:
+        file.write("4.png\tn03\t0\t0\t7\t7\n")
+    with pytest.raises(DataError, match="d/val: classes without training images: n03"):
+        data.load(source(root), 0)
+
+
+@pytest.mark.parametrize("folder", ["val", "val/images"])
+def test_a_split_that_is_not_sorted_is_passed_over(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = class_folders(tmp_path / "d", {"train/a": 5, "train/b": 5, folder: 3})
+    assert len(data.load(source(root, validation=0), 0).test) == 2  # set aside
+    assert "d/val: passed over" in caplog.text
+
+
 def test_class_folders_of_any_depth_and_extension(tmp_path: Path) -> None:
     root = tmp_path / "d"
     for suffix in ("jpg", "JPEG", "png", "bmp", "webp", "gif", "ppm", "tif", "TIFF"):

@@ -684,6 +684,17 @@ def test_remote_class_folders_with_splits(tmp_path: Path) -> None:
         assert names[0] == names[1]
 
 
+def test_remote_labels_in_a_file(tmp_path: Path) -> None:
+    root = make("folders", tmp_path / "set/train").parent
+    (root / "val/images").mkdir(parents=True)
+    (root / "val/images/1.png").write_bytes(pictures()[0][0])
+    (root / "val/val_annotations.txt").write_text("1.png\tbee\n")
+    for place in (root, to_memory(root)):
+        test = sources.find(section(place)).test
+        assert test is not None
+        assert test.labels.tolist() == [1]
+
+
 # ---- many
 
 

@@ -1,6 +1,7 @@
 """Class folders: ``<class>/*.jpg``, or ``train/<class>/*.jpg`` beside ``test/`` and ``val/``."""
 
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from PIL import Image
 
 from ddnn.data.decode import AtHand, Reader
 from ddnn.data.sources import places
-from ddnn.data.sources.found import EXTENSIONS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
+from ddnn.data.sources.found import EXTENSIONS, SPLITS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
 from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError
 from ddnn.picture import FORMATS
 from ddnn.recipe import Data
+
+ANNOTATIONS = "val_annotations.txt"
+"""Lines of file, class and more, by tabs, beside images in one folder: how Tiny ImageNet labels its validation."""
+
+_log = logging.getLogger("ddnn.data")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +120,14 @@ def has_images(root: str) -> bool:
 def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) -> Source:
     """The data set in a folder; `listed`: all paths within it, where it lies on another machine."""
     tree: _Tree = _Local(root) if listed is None else _Listed(listed)
-    split = bool(tree.subfolders("train"))  # but a class may be called train, too
-    within = "train" if split else ""
+    within = _training(root, tree)
     found = _by_class(tree, within)
     if not any(map(len, found.values())):
         raise DataError(
             f"data {root}: no images ({' '.join(EXTENSIONS)}) in class folders, no parquet files and no tar shards; "
             "allowed are <class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg, or *.parquet, or *.tar"
         )
-    if not split and all(name.lower() in ("train", *TEST_SPLITS) for name in found):
+    if not within and all(_is_split(name) for name in found):
         raise DataError(
             f"data {root}: its only folders are {', '.join(found)}, which are no classes; images must be in "
             "train/<class>/, and those of other splits in test/<class>/ or val/<class>/"
@@ -132,18 +137,68 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
         raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
     classes = tuple(found)
 
-    def other(name: str) -> Labelled:
+    def other(name: str) -> Labelled | None:
+        place = f"{root}/{name}"
         held = {each: paths for each, paths in _by_class(tree, name).items() if len(paths)}
-        strange = [each for each in held if each not in classes]
+        loose = not held and tree.images(name)
+        if loose or (len(held) == 1 and not held.keys() & found.keys()):
+            lines = _annotations(place, None if listed is None else f"{name}/{ANNOTATIONS}" in listed)
+            if lines is None:
+                _log.warning(
+                    "data %s: passed over, as its images are in no folder of a training class; to use it, sort them "
+                    "into %s/<class>/",
+                    place,
+                    name,
+                )
+                return None
+            held = _by_annotation(place, tree.images(name), lines)
+        strange = [each for each in held if each not in found]
         if strange:
-            raise DataError(f"data {root}/{name}: classes without training images: {', '.join(strange)}")
+            raise DataError(f"data {place}: classes without training images: {', '.join(strange)}")
         if not held:
-            raise DataError(f"data {root}/{name}: no images ({' '.join(EXTENSIONS)}) in its class folders")
-        return _files(f"{root}/{name}", held, classes)
+            raise DataError(f"data {place}: no images ({' '.join(EXTENSIONS)}) in its class folders")
+        return _files(place, held, classes)
 
-    others = [name for name in TEST_SPLITS if split and tree.subfolders(name)]
-    train = _files(f"{root}/train" if split else root, found, classes)
+    tops = tree.subfolders("") if within else []
+    others = [
+        name
+        for word in TEST_SPLITS
+        for name in tops
+        if name.lower() == word and (tree.subfolders(name) or tree.images(name))
+    ]
+    train = _files(f"{root}/{within}" if within else root, found, classes)
     return Source(classes, train, *test_and_validation(others, other, data))
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in (*SPLITS["train"], *TEST_SPLITS)
+
+
+def _training(root: str, tree: _Tree) -> str:
+    """The folder of the training's class folders; '' where they are in the root, as a class may be called train too."""
+    if tree.subfolders("train"):
+        return "train"
+    return ""
+
+
+def _annotations(place: str, there: bool | None) -> str | None:
+    """The text that labels the images in a folder; `there`: whether there is one, where that is known already."""
+    path = f"{place}/{ANNOTATIONS}"
+    if not (os.path.isfile(path) if there is None else there):
+        return None
+    return places.read(path).decode("utf-8", "replace")
+
+
+def _by_annotation(place: str, paths: list[str], lines: str) -> dict[str, Texts]:
+    """Paths, sorted, by class. Raises `DataError` where one has no label."""
+    label = dict(fields[:2] for line in lines.splitlines() if len(fields := line.split("\t")) > 1)
+    held: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        name = path.rpartition("/")[2]
+        if name not in label:
+            raise DataError(f"data {place}: {path} has no line in {ANNOTATIONS}; label it there, or remove it")
+        held.setdefault(label[name], []).append(path)
+    return {name: Texts.of(held[name]) for name in sorted(held)}
 
 
 def _by_class(tree: _Tree, within: str) -> dict[str, Texts]:
