@@ -616,6 +616,28 @@ def test_own_validation_split_of_a_table(tmp_path: Path, secret: bool, carved: b
     assert len(without.train) == 21
 
 
+@pytest.mark.parametrize("names", [("Training", "Testing", "dev"), ("TRAIN", "Eval", "Val"), ("train", "TEST", "Dev")])
+def test_split_folders_by_other_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name, count in zip(names, (4, 3, 2), strict=True):
+        class_folders(tmp_path / "d" / name, {"cat": count, "dog": count})
+    dataset = data.load(source(tmp_path / "d"), 0)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.validation is not None
+    assert [len(part) for part in (dataset.train, dataset.test, dataset.validation)] == [8, 6, 4]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {"training/indoors": 4, "training/outdoors": 4, "match": 4})
+    assert data.load(source(root), 0).classes == ("match", "training")
+
+
+def test_classes_may_have_folders(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {f"{name}/images": 4 for name in "abc"})
+    assert data.load(source(root), 0).classes == ("a", "b", "c")
+    root = class_folders(tmp_path / "e", {"cat/indoors": 4, "cat/wild": 4, "dog/indoors": 4, "dog/outdoors": 4})
+    assert data.load(source(root), 0).classes == ("cat", "dog")
+
+
 def tiny_imagenet(root: Path) -> Path:
     """As Tiny ImageNet comes: boxes beside the training images, labels of the validation in a file, a secret test."""
     class_folders(root / "train", {"n01/images": 6, "n02/images": 6})
@@ -1040,6 +1062,21 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
         r"its only folders are test, train, which are no classes; images must be in train/<class>/, and",
     ),
     (lambda root: class_folders(root, {"Train": 4, "Valid": 4}), {}, r"must be in train/<class>/"),
+    (
+        lambda root: class_folders(root, {"Training": 4, "Testing": 4}),
+        {},
+        r"are Testing, Training, which are no classes",
+    ),
+    (
+        lambda root: class_folders(root, {f"{top}/{name}": 1 for top in ("Train", "training") for name in "ab"}),
+        {},
+        "the folders Train and training are all for training; keep one of them",
+    ),
+    (
+        lambda root: class_folders(root, {f"{top}/{name}": 1 for top in ("seg_train", "seg_test") for name in "ab"}),
+        {},
+        r"seg_test, seg_train hold but the same folders \(a, b, ...\), so it isn't clear which are the classes",
+    ),
     (
         both(make_table([0, 1] * 3), make_table([0], split="test"), make_table([2], split="validation")),
         {},

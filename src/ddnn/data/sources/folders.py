@@ -20,6 +20,8 @@ from ddnn.recipe import Data
 
 ANNOTATIONS = "val_annotations.txt"
 """Lines of file, class and more, by tabs, beside images in one folder: how Tiny ImageNet labels its validation."""
+ALIKE = 0.9
+"""Share of folder names that splits of one data set have in common at least."""
 
 _log = logging.getLogger("ddnn.data")
 
@@ -135,6 +137,8 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
     empty = [name for name, paths in found.items() if not len(paths)]
     if empty:
         raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
+    if not within:
+        _check_classes(root, found)
     classes = tuple(found)
 
     def other(name: str) -> Labelled | None:
@@ -175,10 +179,34 @@ def _is_split(name: str) -> bool:
 
 
 def _training(root: str, tree: _Tree) -> str:
-    """The folder of the training's class folders; '' where they are in the root, as a class may be called train too."""
-    if tree.subfolders("train"):
-        return "train"
-    return ""
+    """The folder of the training's class folders; '' where they are in the root, as a class may be called train too.
+
+    By another name than `train` only where no other folder could be a class. Raises `DataError` where there are two.
+    """
+    tops = tree.subfolders("")
+    named = [name for name in tops if name.lower() in SPLITS["train"] and tree.subfolders(name)]
+    if "train" not in named and not all(map(_is_split, tops)):
+        return ""
+    if len(named) > 1:
+        raise DataError(f"data {root}: the folders {' and '.join(named)} are all for training; keep one of them")
+    return named[0] if named else ""
+
+
+def _check_classes(root: str, found: dict[str, Texts]) -> None:
+    """Raises `DataError` where the folders are rather splits: in each are two or more folders, the same in all."""
+    below: list[set[str]] = []
+    for paths in found.values():
+        parts = [paths[i].split("/") for i in range(len(paths))]
+        if any(len(each) == 2 for each in parts) or len(names := {each[1] for each in parts}) < 2:
+            return
+        below.append(names)
+    common = set.intersection(*below)
+    if len(below) > 1 and len(common) >= ALIKE * len(set.union(*below)):
+        raise DataError(
+            f"data {root}: {', '.join(found)} hold but the same folders ({', '.join(sorted(common)[:3])}, ...), "
+            "so it isn't clear which are the classes; put the images of splits in train/<class>/ and test/<class>/, "
+            "or those of classes in <class>/ itself"
+        )
 
 
 def _annotations(place: str, there: bool | None) -> str | None:
