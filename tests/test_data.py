@@ -474,7 +474,7 @@ def test_fingerprint_is_of_the_images_and_their_parts(tmp_path: Path) -> None:
 
     root = class_folders(tmp_path / "d", {"a": 12, "b": 12})
     plain = of(root)
-    assert re.fullmatch("[0-9a-f]{64}", plain)
+    assert re.fullmatch("2-[0-9a-f]{64}", plain)
     assert of(root, memory_mb=0, workers=3, image_size=16, zoom=1.5, whole=True) == plain
     elsewhere = shutil.copytree(root, tmp_path / "other/place")
     assert of(elsewhere) == plain
@@ -496,6 +496,23 @@ def test_fingerprint_is_of_the_images_and_their_parts(tmp_path: Path) -> None:
     (root / "b").rename(root / "c")
     changed.append(of(root))
     assert len({plain, *changed}) == 1 + len(changed)
+
+
+def test_fingerprint_tells_images_apart_by_name(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {"a": 12, "b": 12})
+    before = data.load(source(root), 0)
+    (root / "a/3.png").rename(root / "a/new.png")  # other places in the order, so other images in the test set
+    after = data.load(source(root), 0)
+    assert after.former == before.former
+    assert after.fingerprint != before.fingerprint
+    assert not after.is_of(before.fingerprint)
+    assert after.is_of(before.former)  # what a run of an earlier version recorded
+    assert not after.is_of("")
+
+
+def test_fingerprint_as_earlier_versions_made_it() -> None:
+    recorded = "e5c365c8b540bde6679584b6a9bd7a25700f5df4b94be928ff233ee328121d3c"
+    assert data.load(Data(), 0).is_of(recorded)
 
 
 # ---- the test of another data set

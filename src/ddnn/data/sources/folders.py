@@ -44,6 +44,9 @@ class _Files(Reader):
             return Image.open(io.BytesIO(places.read(self.name(index))), formats=FORMATS)
         return Image.open(self.name(index), formats=FORMATS)
 
+    def identity(self) -> bytes:
+        return self.paths.packed()
+
     def fetched(self, indices: Sequence[int]) -> Reader:
         if not places.is_remote(self.root):
             return self
