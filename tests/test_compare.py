@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from conftest import TINY, Quiet, trainings_of
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
-from ddnn.compare import METHODS, Local, compare, engine, plan, seconds_left
+from ddnn.compare import METHODS, Job, Local, compare, engine, plan, seconds_left
 from ddnn.errors import DataError, RecipeError, RunError
 from ddnn.evaluate import macs
 from ddnn.recipe import Recipe
@@ -289,6 +290,40 @@ def test_recipes_that_a_method_cannot_have_are_known_before_anything_is_trained(
     with pytest.raises(RecipeError, match=r"what attention makes of the recipe: 1 mistake\n.*needs objective.kl or"):
         compare(tmp_path / "fair", recipe, ["ekd", "attention"], 1, Silent())
     assert not (tmp_path / "fair").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ([], []),
+        (["objective.attention=0"], ["kl is .* same as ekd", "attention is .* same as joint"]),
+        (["objective.kl=0"], ["kl is .* same as joint", "attention is .* same as ekd"]),
+        (
+            ["objective.kl={resnet8=1, resnet14=1}", "objective.attention=0", "objective.labels=full-net"],
+            ["kl is .* same as ekd", "attention is .* can't have it: .*needs objective.kl or"],
+        ),
+    ],
+)
+def test_methods_that_nobody_named_are_left_out_where_they_add_nothing(
+    overrides: list[str], left_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def stop(folder: Path, jobs: list[Job], *_: object) -> dict[str, str]:
+        planned.extend(dict.fromkeys(job.method for job in jobs))
+        return {}
+
+    monkeypatch.setattr("ddnn.compare._run", stop)
+    watcher = Silent()
+    compare(tmp_path / "fair", tiny_recipe(*overrides), None, 1, watcher)
+    assert sorted(planned) == sorted(METHODS.keys() - {sentence.split()[0] for sentence in left_out})
+    assert len(watcher.notes) == len(left_out)
+    for note, expected in zip(watcher.notes, left_out, strict=True):
+        assert re.match(expected, note)
+    planned.clear()
+    if "same as joint" in str(left_out):  # but whoever asks for it gets it
+        compare(tmp_path / "fair", tiny_recipe(*overrides), ["joint", "kl", "attention"], 1, watcher)
+        assert planned == ["joint", "kl", "attention"]
 
 
 def test_a_folder_holds_one_recipe(tmp_path: Path) -> None:

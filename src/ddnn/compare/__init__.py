@@ -22,7 +22,7 @@ from ddnn.build import build, check, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
-from ddnn.compare.plan import METHODS, Job, plan
+from ddnn.compare.plan import METHODS, Job, plan, worthwhile
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe
@@ -46,7 +46,7 @@ class Watcher(Protocol):
 def compare(
     folder: Path,
     recipe: Recipe,
-    methods: list[str],
+    methods: list[str] | None,
     seeds: int,
     watcher: Watcher,
     *,
@@ -55,6 +55,7 @@ def compare(
 ) -> Path:
     """Run what is missing of a comparison and return its `comparison.json`.
 
+    `methods` None stands for all that the recipe can have and that differ with it; the watcher is told of the others.
     `name` is what the result calls the recipe. `engine` is what the trainings run on; by default processes of this
     machine, one at a time.
 
@@ -63,13 +64,22 @@ def compare(
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
     nets = list(net.depths)
+
+    def check_method(made: Recipe, method: str) -> None:
+        recipes.validate(made, f"what {method} makes of the recipe")
+        make_objective(made, [made.network.alone] if made.network.alone else nets)
+
+    left_out: list[str] = []
+    if methods is None:
+        methods, left_out = worthwhile(recipe, nets, check_method)
     for job in plan(recipe, methods, 1, nets):  # mistakes show before anything is made
-        recipes.validate(job.recipe, f"what {job.method} makes of the recipe")
-        make_objective(job.recipe, [job.recipe.network.alone] if job.recipe.network.alone else nets)
+        check_method(job.recipe, job.method)
     engine = engine or Local()
     if isinstance(engine, Local) and any(summary_of(folder, job) is None for job in plan(recipe, methods, seeds, nets)):
         data.check(recipe.data)  # the hosts of a cluster may have them where this one has not
     _open(folder, recipe, watcher.note)
+    for sentence in left_out:
+        watcher.note(sentence)
     try:
         ready = engine.open(folder, recipe, watcher.note)
         jobs = plan(ready, methods, seeds, nets)
