@@ -378,6 +378,23 @@ def _plain_nets() -> list[torch.nn.Module]:
     return [resnet(layers, num_classes=10, width=4) for layers in (8, 14, 20)]
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_all_machines_and_versions_are_stated(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "fair", tiny_recipe()
+    compare(folder, recipe, ["ekd"], 2, Silent())
+    run = RunFolder.open(folder / "runs/ekd-seed1")
+    about = run.read_json("run.json")
+    assert about is not None
+    device, torch_here = about["machine"]["device"], about["versions"]["torch"]
+    about["machine"]["device"] = "NVIDIA H100"
+    about["versions"]["torch"] = "0.1"
+    run.write_json("run.json", about)
+    content = json.loads(compare(folder, recipe, ["ekd"], 2, Silent()).read_text())
+    assert content["machines"] == [device, "NVIDIA H100"]
+    assert content["machine"] == f"{device}; NVIDIA H100"
+    assert content["versions"] == {**about["versions"], "torch": f"{torch_here}, 0.1"}
+
+
 @pytest.mark.slow
 def test_trainings_are_processes_of_their_own(tmp_path: Path) -> None:
     watcher = Silent()

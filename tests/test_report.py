@@ -494,6 +494,26 @@ def test_the_page_needs_nothing_else(tmp_path: Path, whole: dict[str, Any]) -> N
             assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({}, None),
+        ({"machines": ["CPU, 1 thread"]}, None),
+        (
+            {"machines": ["CPU, 1 thread", "H100"]},
+            "ran on 2 kinds of machine: times, peak memory and latencies are not",
+        ),
+        ({"versions": {"python": "3.12", "torch": "2.9, 2.10"}}, "ran on several versions of torch: times, peak"),
+    ],
+)
+def test_machines_and_versions_that_differ_are_said(tmp_path: Path, about: dict[str, Any], said: str | None) -> None:
+    folder = folder_of(tmp_path / "fair", comparison({"alone": ALONE, "ekd": EKD}, **about))
+    write([folder], tmp_path / "out")
+    for name in ("report.md", "report.html"):
+        text = " ".join((tmp_path / "out" / name).read_text().split())
+        assert said in text if said else "not comparable" not in text
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('$x$ & \"y\"')</script>"
     content = comparison({evil: method(**{evil: [0.5, 0.6, 0.7]}), "alone": method(**{evil: [0.5, 0.5, 0.6]})})
