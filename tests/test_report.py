@@ -44,7 +44,13 @@ def comparison(methods: Mapping[str, dict[str, Any]], seeds: Sequence[int] = (0,
         "small": {"depths": [1, 1, 1], "params": 83892, "macs": 12_500_000, "latency_ms": 0.7},
         "big": {"depths": [3, 3, 3], "params": 278324, "macs": 40_900_000, "latency_ms": 1.6},
     }
-    about = {"machine": "two cores", "versions": {"torch": "2.9"}, "test_images": 10000, "epochs": 4, "commit": "abc"}
+    about = {
+        "machine": "CPU, 2 threads",
+        "versions": {"torch": "2.9"},
+        "test_images": 10000,
+        "epochs": 4,
+        "commit": "abc",
+    }
     start = {"dataset": "cifar100", "recipe": "a-recipe", "seeds": list(seeds), "nets": nets, "methods": dict(methods)}
     return {**start, **about, **more}
 
@@ -360,6 +366,21 @@ def test_cost_figure_is_relative_to_alone(whole: dict[str, Any]) -> None:
     for axes in figure.axes:
         assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.72, 1.0, 0.7])
         assert [text.get_text() for text in axes.texts] == [f"{r}{TIMES}" for r in ("0.72", "1.00", "0.70")]
+
+
+@pytest.mark.parametrize(
+    ("about", "shown"),
+    [
+        ({"machine": "NVIDIA H100"}, "wall-clock time"),  # a processor only launches work there
+        ({"machine": "CPU, 1 thread; NVIDIA H100", "machines": ["CPU, 1 thread", "NVIDIA H100"]}, "wall-clock time"),
+        ({"machine": "CPU, 1 thread; CPU, 2 threads"}, "processor time"),
+        ({"machine": None}, "processor time"),
+    ],
+)
+def test_cost_figure_shows_the_time_that_counts(whole: dict[str, Any], about: dict[str, Any], shown: str) -> None:
+    figure = cost(summarise(whole | about))
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [shown, "MACs", "peak memory"]
 
 
 def test_a_cost_not_known_is_no_bar_of_zero(whole: dict[str, Any]) -> None:
