@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from conftest import TINY, Quiet, trainings_of
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
-from ddnn.compare import METHODS, Local, compare, engine, plan, seconds_left
-from ddnn.errors import RecipeError, RunError
+from ddnn.compare import METHODS, Job, Local, compare, engine, plan, seconds_left
+from ddnn.errors import DataError, RecipeError, RunError
 from ddnn.evaluate import macs
 from ddnn.recipe import Recipe
 from ddnn.trained import load_trained
@@ -33,6 +34,7 @@ class Silent:
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.notes: list[str] = []
 
     def comparison(self, running: list[str], done: int, total: int, seconds_left: float | None) -> None:
         pass
@@ -41,7 +43,7 @@ class Silent:
         self.ended.append(name)
 
     def note(self, sentence: str) -> None:
-        pass
+        self.notes.append(sentence)
 
 
 def tiny_recipe(*overrides: str) -> Recipe:
@@ -262,11 +264,17 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path: Path, mon
     real = engine.train_run
 
     def fails(path: Path, recipe: Recipe, keep_on: Callable[[], bool]) -> int:
-        return 1 if path.name == "alone-resnet20-seed0" else real(path, recipe, keep_on)
+        if path.name != "alone-resnet20-seed0":
+            return real(path, recipe, keep_on)
+        path.mkdir(parents=True)
+        (path / "log.txt").write_text("epoch 1\nerror: the disk is full\n\n")
+        return 1
 
     monkeypatch.setattr(engine, "train_run", fails)
     watcher = Silent()
-    with pytest.raises(RunError, match=r"4 of 6 trainings failed.*alone-resnet20-seed0 \(see .*log.txt\); two-model"):
+    with pytest.raises(
+        RunError, match=r"4 of 6 trainings failed.*alone-resnet20-seed0 \(see .*log.txt\); two-model.*full\. The"
+    ):
         compare(tmp_path / "fair", tiny_recipe(), ["two-model-kd"], 1, watcher)
     assert watcher.ended == ["alone-resnet8-seed0", "alone-resnet14-seed0"]
 
@@ -284,15 +292,72 @@ def test_recipes_that_a_method_cannot_have_are_known_before_anything_is_trained(
     assert not (tmp_path / "fair").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ([], []),
+        (["objective.attention=0"], ["kl is .* same as ekd", "attention is .* same as joint"]),
+        (["objective.kl=0"], ["kl is .* same as joint", "attention is .* same as ekd"]),
+        (
+            ["objective.kl={resnet8=1, resnet14=1}", "objective.attention=0", "objective.labels=full-net"],
+            ["kl is .* same as ekd", "attention is .* can't have it: .*needs objective.kl or"],
+        ),
+    ],
+)
+def test_methods_that_nobody_named_are_left_out_where_they_add_nothing(
+    overrides: list[str], left_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def stop(folder: Path, jobs: list[Job], *_: object) -> dict[str, str]:
+        planned.extend(dict.fromkeys(job.method for job in jobs))
+        return {}
+
+    monkeypatch.setattr("ddnn.compare._run", stop)
+    watcher = Silent()
+    compare(tmp_path / "fair", tiny_recipe(*overrides), None, 1, watcher)
+    assert sorted(planned) == sorted(METHODS.keys() - {sentence.split()[0] for sentence in left_out})
+    assert len(watcher.notes) == len(left_out)
+    for note, expected in zip(watcher.notes, left_out, strict=True):
+        assert re.match(expected, note)
+    planned.clear()
+    if "same as joint" in str(left_out):  # but whoever asks for it gets it
+        compare(tmp_path / "fair", tiny_recipe(*overrides), ["joint", "kl", "attention"], 1, watcher)
+        assert planned == ["joint", "kl", "attention"]
+
+
 def test_a_folder_holds_one_recipe(tmp_path: Path) -> None:
     (tmp_path / "fair").mkdir()
     (tmp_path / "fair" / "recipe.toml").write_text(tiny_recipe("optim.lr=0.3").to_toml())
+    (tmp_path / "fair/runs/ekd-seed0/checkpoints").mkdir(parents=True)
+    (tmp_path / "fair/runs/ekd-seed0/checkpoints/step-000000001-0123456789abcdef.pt").touch()
     with pytest.raises(RunError, match="holds a comparison of another recipe"):
         compare(tmp_path / "fair", tiny_recipe(), ["ekd"], 1, Silent())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RunError, match="exists and is no comparison"):
         compare(tmp_path / "other", tiny_recipe(), ["ekd"], 1, Silent())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_recipe_that_has_trained_nothing_yet_can_be_replaced(tmp_path: Path) -> None:
+    wrong = tiny_recipe("optim.lr=0.3")
+    (tmp_path / "fair").mkdir()
+    (tmp_path / "fair" / "recipe.toml").write_text(wrong.to_toml())
+    RunFolder.create(tmp_path / "fair/runs/ekd-seed0", wrong)
+    (tmp_path / "fair/runs/ekd-seed0/log.txt").write_text("error")
+    watcher = Silent()
+    compare(tmp_path / "fair", tiny_recipe(), ["ekd"], 1, watcher)
+    assert watcher.ended == ["ekd-seed0"]
+    assert RunFolder.open(tmp_path / "fair/runs/ekd-seed0").recipe == tiny_recipe()
+    assert recipes.reopen(tmp_path / "fair/recipe.toml") == tiny_recipe()
+    assert any("begins anew" in note for note in watcher.notes)
+
+
+def test_data_that_are_not_there_are_known_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        compare(tmp_path / "fair", tiny_recipe("data.source=/no/such/folder"), ["ekd"], 1, Silent())
+    assert not (tmp_path / "fair").exists()
 
 
 def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
@@ -311,6 +376,23 @@ def _plain_nets() -> list[torch.nn.Module]:
     from ddnn.families.cifar_resnet import resnet
 
     return [resnet(layers, num_classes=10, width=4) for layers in (8, 14, 20)]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_all_machines_and_versions_are_stated(tmp_path: Path) -> None:
+    folder, recipe = tmp_path / "fair", tiny_recipe()
+    compare(folder, recipe, ["ekd"], 2, Silent())
+    run = RunFolder.open(folder / "runs/ekd-seed1")
+    about = run.read_json("run.json")
+    assert about is not None
+    device, torch_here = about["machine"]["device"], about["versions"]["torch"]
+    about["machine"]["device"] = "NVIDIA H100"
+    about["versions"]["torch"] = "0.1"
+    run.write_json("run.json", about)
+    content = json.loads(compare(folder, recipe, ["ekd"], 2, Silent()).read_text())
+    assert content["machines"] == [device, "NVIDIA H100"]
+    assert content["machine"] == f"{device}; NVIDIA H100"
+    assert content["versions"] == {**about["versions"], "torch": f"{torch_here}, 0.1"}
 
 
 @pytest.mark.slow

@@ -474,7 +474,7 @@ def test_fingerprint_is_of_the_images_and_their_parts(tmp_path: Path) -> None:
 
     root = class_folders(tmp_path / "d", {"a": 12, "b": 12})
     plain = of(root)
-    assert re.fullmatch("[0-9a-f]{64}", plain)
+    assert re.fullmatch("2-[0-9a-f]{64}", plain)
     assert of(root, memory_mb=0, workers=3, image_size=16, zoom=1.5, whole=True) == plain
     elsewhere = shutil.copytree(root, tmp_path / "other/place")
     assert of(elsewhere) == plain
@@ -496,6 +496,23 @@ def test_fingerprint_is_of_the_images_and_their_parts(tmp_path: Path) -> None:
     (root / "b").rename(root / "c")
     changed.append(of(root))
     assert len({plain, *changed}) == 1 + len(changed)
+
+
+def test_fingerprint_tells_images_apart_by_name(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {"a": 12, "b": 12})
+    before = data.load(source(root), 0)
+    (root / "a/3.png").rename(root / "a/new.png")  # other places in the order, so other images in the test set
+    after = data.load(source(root), 0)
+    assert after.former == before.former
+    assert after.fingerprint != before.fingerprint
+    assert not after.is_of(before.fingerprint)
+    assert after.is_of(before.former)  # what a run of an earlier version recorded
+    assert not after.is_of("")
+
+
+def test_fingerprint_as_earlier_versions_made_it() -> None:
+    recorded = "e5c365c8b540bde6679584b6a9bd7a25700f5df4b94be928ff233ee328121d3c"
+    assert data.load(Data(), 0).is_of(recorded)
 
 
 # ---- the test of another data set
@@ -614,6 +631,76 @@ def test_own_validation_split_of_a_table(tmp_path: Path, secret: bool, carved: b
     without = data.load(source(tmp_path / "d", validation=0), 0)
     assert without.validation is None
     assert len(without.train) == 21
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing", "dev"), ("TRAIN", "Eval", "Val"), ("train", "TEST", "Dev")])
+def test_split_folders_by_other_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name, count in zip(names, (4, 3, 2), strict=True):
+        class_folders(tmp_path / "d" / name, {"cat": count, "dog": count})
+    dataset = data.load(source(tmp_path / "d"), 0)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.validation is not None
+    assert [len(part) for part in (dataset.train, dataset.test, dataset.validation)] == [8, 6, 4]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {"training/indoors": 4, "training/outdoors": 4, "match": 4})
+    assert data.load(source(root), 0).classes == ("match", "training")
+
+
+def test_classes_may_have_folders(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "d", {f"{name}/images": 4 for name in "abc"})
+    assert data.load(source(root), 0).classes == ("a", "b", "c")
+    root = class_folders(tmp_path / "e", {"cat/indoors": 4, "cat/wild": 4, "dog/indoors": 4, "dog/outdoors": 4})
+    assert data.load(source(root), 0).classes == ("cat", "dog")
+
+
+def tiny_imagenet(root: Path) -> Path:
+    """As Tiny ImageNet comes: boxes beside the training images, labels of the validation in a file, a secret test."""
+    class_folders(root / "train", {"n01/images": 6, "n02/images": 6})
+    (root / "train/n01/n01_boxes.txt").write_text("0.png\t0\t0\t7\t7\n")
+    class_folders(root, {"val/images": 4, "test/images": 3})
+    wnids = ("n02", "n01", "n02", "n02")
+    lines = "".join(f"{i}.png\t{wnid}\t0\t0\t7\t7\n" for i, wnid in enumerate(wnids))
+    (root / "val/val_annotations.txt").write_text(lines)
+    (root / "wnids.txt").write_text("n01\nn02\n")
+    return root
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_tiny_imagenet_as_it_comes(tmp_path: Path, secret: bool, caplog: pytest.LogCaptureFixture) -> None:
+    root = tiny_imagenet(tmp_path / "d")
+    if not secret:
+        shutil.rmtree(root / "test")
+    dataset = data.load(source(root, validation=0, memory_mb=0), 0)
+    assert dataset.classes == ("n01", "n02")
+    assert (len(dataset.train), dataset.validation) == (12, None)
+    assert isinstance(dataset.test, Stored)
+    assert dataset.test.labels.tolist() == [0, 1, 1, 1]  # by class, as if they were in class folders
+    names = [dataset.test.files.reader.name(i) for i in original(dataset.test)]
+    assert names == [f"{root}/val/images/{i}.png" for i in (1, 0, 2, 3)]
+    said = "test: passed over, as its images are in no folder of a training class; to use it, sort them into test/<cl"
+    assert (said in caplog.text) == secret
+
+
+def test_labels_in_a_file_are_checked(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "d")
+    write(root / "val/images/4.png")
+    with pytest.raises(DataError, match=r"d/val: images/4.png has no line in val_annotations.txt; label it there, or"):
+        data.load(source(root), 0)
+    with (root / "val/val_annotations.txt").open("a") as file:
+        file.write("4.png\tn03\t0\t0\t7\t7\n")
+    with pytest.raises(DataError, match="d/val: classes without training images: n03"):
+        data.load(source(root), 0)
+
+
+@pytest.mark.parametrize("folder", ["val", "val/images"])
+def test_a_split_that_is_not_sorted_is_passed_over(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = class_folders(tmp_path / "d", {"train/a": 5, "train/b": 5, folder: 3})
+    assert len(data.load(source(root, validation=0), 0).test) == 2  # set aside
+    assert "d/val: passed over" in caplog.text
 
 
 def test_class_folders_of_any_depth_and_extension(tmp_path: Path) -> None:
@@ -993,6 +1080,21 @@ ERRORS: list[tuple[Callable[[Path], Any], dict[str, Any], str]] = [
     ),
     (lambda root: class_folders(root, {"Train": 4, "Valid": 4}), {}, r"must be in train/<class>/"),
     (
+        lambda root: class_folders(root, {"Training": 4, "Testing": 4}),
+        {},
+        r"are Testing, Training, which are no classes",
+    ),
+    (
+        lambda root: class_folders(root, {f"{top}/{name}": 1 for top in ("Train", "training") for name in "ab"}),
+        {},
+        "the folders Train and training are all for training; keep one of them",
+    ),
+    (
+        lambda root: class_folders(root, {f"{top}/{name}": 1 for top in ("seg_train", "seg_test") for name in "ab"}),
+        {},
+        r"seg_test, seg_train hold but the same folders \(a, b, ...\), so it isn't clear which are the classes",
+    ),
+    (
         both(make_table([0, 1] * 3), make_table([0], split="test"), make_table([2], split="validation")),
         {},
         "validation split has classes without training images: emu",
@@ -1117,5 +1219,7 @@ def test_all_of_cifar100() -> None:
     assert dataset.validation.labels.bincount().tolist() == [50] * 100
     assert dataset.test.labels.bincount().tolist() == [100] * 100
     assert isinstance(dataset.train, Held)
+    recorded = "c71bf1e8645e7ff215d9872c27743425c18679498069c66c11fc00e38bdcadcd"  # by the runs in results/
+    assert data.load(source("cifar100", validation=0), 0).is_of(recorded)
     assert dataset.mean == pytest.approx((0.5071, 0.4866, 0.4409), abs=2e-3)  # published, of all 50,000
     assert dataset.std == pytest.approx((0.2673, 0.2564, 0.2762), abs=2e-3)

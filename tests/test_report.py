@@ -44,7 +44,13 @@ def comparison(methods: Mapping[str, dict[str, Any]], seeds: Sequence[int] = (0,
         "small": {"depths": [1, 1, 1], "params": 83892, "macs": 12_500_000, "latency_ms": 0.7},
         "big": {"depths": [3, 3, 3], "params": 278324, "macs": 40_900_000, "latency_ms": 1.6},
     }
-    about = {"machine": "two cores", "versions": {"torch": "2.9"}, "test_images": 10000, "epochs": 4, "commit": "abc"}
+    about = {
+        "machine": "CPU, 2 threads",
+        "versions": {"torch": "2.9"},
+        "test_images": 10000,
+        "epochs": 4,
+        "commit": "abc",
+    }
     start = {"dataset": "cifar100", "recipe": "a-recipe", "seeds": list(seeds), "nets": nets, "methods": dict(methods)}
     return {**start, **about, **more}
 
@@ -382,6 +388,21 @@ def test_cost_figure_is_relative_to_alone(whole: dict[str, Any]) -> None:
         assert [text.get_text() for text in axes.texts] == [f"{r}{TIMES}" for r in ("0.72", "1.00", "0.70")]
 
 
+@pytest.mark.parametrize(
+    ("about", "shown"),
+    [
+        ({"machine": "NVIDIA H100"}, "wall-clock time"),  # a processor only launches work there
+        ({"machine": "CPU, 1 thread; NVIDIA H100", "machines": ["CPU, 1 thread", "NVIDIA H100"]}, "wall-clock time"),
+        ({"machine": "CPU, 1 thread; CPU, 2 threads"}, "processor time"),
+        ({"machine": None}, "processor time"),
+    ],
+)
+def test_cost_figure_shows_the_time_that_counts(whole: dict[str, Any], about: dict[str, Any], shown: str) -> None:
+    figure = cost(summarise(whole | about))
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [shown, "MACs", "peak memory"]
+
+
 def test_a_cost_not_known_is_no_bar_of_zero(whole: dict[str, Any]) -> None:
     whole["methods"]["ekd"]["peak_memory_mb"] = None
     figure = cost(summarise(whole))
@@ -512,6 +533,26 @@ def test_the_page_needs_nothing_else(tmp_path: Path, whole: dict[str, Any]) -> N
             ET.fromstring(path.read_text(encoding="utf-8"))
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({}, None),
+        ({"machines": ["CPU, 1 thread"]}, None),
+        (
+            {"machines": ["CPU, 1 thread", "H100"]},
+            "ran on 2 kinds of machine: times, peak memory and latencies are not",
+        ),
+        ({"versions": {"python": "3.12", "torch": "2.9, 2.10"}}, "ran on several versions of torch: times, peak"),
+    ],
+)
+def test_machines_and_versions_that_differ_are_said(tmp_path: Path, about: dict[str, Any], said: str | None) -> None:
+    folder = folder_of(tmp_path / "fair", comparison({"alone": ALONE, "ekd": EKD}, **about))
+    write([folder], tmp_path / "out")
+    for name in ("report.md", "report.html"):
+        text = " ".join((tmp_path / "out" / name).read_text().split())
+        assert said in text if said else "not comparable" not in text
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def test_batches_do_not_depend_on_form_and_place(form: str, remote: bool, tmp_pa
     given = section(to_memory(root) if remote else root)
     dataset = data.load(given, 0)
     assert dataset.classes == expected.classes == tuple(NAMES)
-    assert dataset.fingerprint == expected.fingerprint
+    assert dataset.former == expected.former
+    assert dataset.fingerprint == data.load(section(root), 0).fingerprint
     assert (dataset.mean, dataset.std) == (expected.mean, expected.std)
     for part in ("train", "validation", "test"):
         left, right = (list(data.eval_batches(d, getattr(d, part), 7, CPU)) for d in (expected, dataset))
@@ -189,6 +190,19 @@ def test_images_can_be_sent_to_a_process_that_starts_from_nothing(form: str, rem
     assert [pickle.loads(sent).picture(i).tobytes() for i in range(10)] == expected
     if form != "parquet":  # whose statistics are the least and the greatest image
         assert pictures()[0][0][:100] not in sent
+
+
+@pytest.mark.parametrize("shuffle", ["global", "chunks"])
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_fingerprint_tells_images_apart_by_size(
+    form: str, shuffle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = data.load(section(make(form, tmp_path / "before")), 0)
+    others = [(pictures()[-1][0] + b"more", 0), *pictures()[1:]]
+    monkeypatch.setitem(globals(), "pictures", lambda: others)
+    after = data.load(section(make(form, tmp_path / "after"), shuffle=shuffle), 0)
+    assert after.former == before.former
+    assert after.fingerprint != before.fingerprint
 
 
 # ---- the order with chunks
@@ -682,6 +696,17 @@ def test_remote_class_folders_with_splits(tmp_path: Path) -> None:
         assert torch.equal(left.labels, right.labels)
         names = [[p.reader.name(i).rpartition("set/")[2] for i in range(len(p))] for p in (left, right)]
         assert names[0] == names[1]
+
+
+def test_remote_labels_in_a_file(tmp_path: Path) -> None:
+    root = make("folders", tmp_path / "set/train").parent
+    (root / "val/images").mkdir(parents=True)
+    (root / "val/images/1.png").write_bytes(pictures()[0][0])
+    (root / "val/val_annotations.txt").write_text("1.png\tbee\n")
+    for place in (root, to_memory(root)):
+        test = sources.find(section(place)).test
+        assert test is not None
+        assert test.labels.tolist() == [1]
 
 
 # ---- many

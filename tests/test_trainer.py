@@ -266,7 +266,13 @@ def test_changed_data_are_noticed(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", recipe.load("digits", overrides))
     train(run, Quiet())
     assert evaluate_run(run, None, torch.device("cpu"))["subnets"]
-    Image.new("RGB", (8, 8)).save(folder / "a" / "new.png")
+    about = run.read_json("run.json")
+    assert about is not None
+    former = data.load(run.recipe.data, 0).former
+    run.write_json("run.json", about | {"data": about["data"] | {"fingerprint": former}})
+    assert evaluate_run(run, None, torch.device("cpu"))["subnets"]  # as a run of an earlier version
+    run.write_json("run.json", about)
+    (folder / "a" / "0.png").rename(folder / "a" / "new.png")  # as many as before
     with pytest.raises(RunError, match=r"have changed since the run in .* began"):
         evaluate_run(run, None, torch.device("cpu"))
     (run.path / "summary.json").unlink()

@@ -40,7 +40,7 @@ def data_of(run: RunFolder) -> DataSet:
     """The run's data; `RunError` if they are not those it began with: split, and so test set, would be others."""
     dataset = load_data(run.recipe)
     about = run.read_json("run.json")
-    if about is not None and about["data"]["fingerprint"] != dataset.fingerprint:
+    if about is not None and not dataset.is_of(about["data"]["fingerprint"]):
         raise RunError(
             f"the data of {dataset.name} have changed since the run in {run.path} began, and with them what it is "
             "trained and tested on; restore them or start a new run"

@@ -120,7 +120,7 @@ def compare(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of the comparison; calling again goes on.")
     ],
     methods: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Only these of the methods above (default: all).")
+        str | None, typer.Option(metavar="A,B,...", help="Only these of the methods above (default: all that differ).")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Trainings of each, with N seeds.")] = 3,
     workers: Annotated[
@@ -170,7 +170,7 @@ def compare(
     from ddnn import recipe as recipes
 
     chosen = recipes.load(named[0], changes)
-    from ddnn.compare import METHODS, Engine, Local
+    from ddnn.compare import Engine, Local
     from ddnn.compare import compare as run_comparison
     from ddnn.display import ComparisonDisplay, make_console
 
@@ -181,7 +181,7 @@ def compare(
     else:
         runs_on = Local(workers or 1)
     console = make_console()
-    wanted = list(METHODS) if methods is None else [method.strip() for method in methods.split(",")]
+    wanted = None if methods is None else [method.strip() for method in methods.split(",")]
     try:
         with ComparisonDisplay(console) as display:
             result = run_comparison(

@@ -11,15 +11,18 @@ Each training is a process of its own (`ddnn train --resume`), on this machine o
 Calling it again goes on where it was: finished runs are kept, a broken one is resumed from its checkpoint.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from ddnn import data
 from ddnn import recipe as recipes
 from ddnn.build import build, check, make_objective
+from ddnn.checkpoint import RunFolder
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
-from ddnn.compare.plan import METHODS, Job, plan
+from ddnn.compare.plan import METHODS, Job, plan, worthwhile
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe
@@ -43,7 +46,7 @@ class Watcher(Protocol):
 def compare(
     folder: Path,
     recipe: Recipe,
-    methods: list[str],
+    methods: list[str] | None,
     seeds: int,
     watcher: Watcher,
     *,
@@ -52,6 +55,7 @@ def compare(
 ) -> Path:
     """Run what is missing of a comparison and return its `comparison.json`.
 
+    `methods` None stands for all that the recipe can have and that differ with it; the watcher is told of the others.
     `name` is what the result calls the recipe. `engine` is what the trainings run on; by default processes of this
     machine, one at a time.
 
@@ -60,11 +64,22 @@ def compare(
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
     nets = list(net.depths)
+
+    def check_method(made: Recipe, method: str) -> None:
+        recipes.validate(made, f"what {method} makes of the recipe")
+        make_objective(made, [made.network.alone] if made.network.alone else nets)
+
+    left_out: list[str] = []
+    if methods is None:
+        methods, left_out = worthwhile(recipe, nets, check_method)
     for job in plan(recipe, methods, 1, nets):  # mistakes show before anything is made
-        recipes.validate(job.recipe, f"what {job.method} makes of the recipe")
-        make_objective(job.recipe, [job.recipe.network.alone] if job.recipe.network.alone else nets)
-    _open(folder, recipe)
+        check_method(job.recipe, job.method)
     engine = engine or Local()
+    if isinstance(engine, Local) and any(summary_of(folder, job) is None for job in plan(recipe, methods, seeds, nets)):
+        data.check(recipe.data)  # the hosts of a cluster may have them where this one has not
+    _open(folder, recipe, watcher.note)
+    for sentence in left_out:
+        watcher.note(sentence)
     try:
         ready = engine.open(folder, recipe, watcher.note)
         jobs = plan(ready, methods, seeds, nets)
@@ -79,7 +94,8 @@ def compare(
     if failed:
         lines = "; ".join(f"{name} ({why})" for name, why in failed.items())
         raise RunError(
-            f"{len(failed)} of {len(jobs)} trainings failed: {lines}. The others are kept; call again to retry"
+            f"{len(failed)} of {len(jobs)} trainings failed: {lines}. {_reason(folder, next(iter(failed)))}The others "
+            "are kept; call again to retry"
         )
     return folder / "comparison.json"
 
@@ -115,13 +131,31 @@ def _run(
     return failed
 
 
-def _open(folder: Path, recipe: Recipe) -> None:
-    """Make the folder, or check that it is a comparison of this recipe."""
+def _reason(folder: Path, name: str) -> str:
+    """The last thing that a failed training said, as a sentence; '' where it said nothing."""
+    try:
+        lines = (folder / "runs" / name / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return ""
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"The first of them ended with: {said}. " if said else ""
+
+
+def _open(folder: Path, recipe: Recipe, note: Callable[[str], None]) -> None:
+    """Make the folder, or check that it is a comparison of this recipe.
+
+    Of another recipe it may be as long as nothing is trained by that: then it begins anew.
+    """
     path = folder / "recipe.toml"
     if path.exists():
-        if recipes.reopen(path) != recipe:
+        if recipes.reopen(path) == recipe:
+            return
+        if any(folder.glob("runs/*/summary.json")) or any(folder.glob("runs/*/checkpoints/step-*.pt")):
             raise RunError(f"{folder} holds a comparison of another recipe (see {path}); give another --out")
+        for run in filter(Path.is_dir, folder.glob("runs/*")):
+            with RunFolder(run, recipe).held():
+                shutil.rmtree(run)
+        note(f"{folder} held a comparison of another recipe that had trained nothing yet; it begins anew")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and is no comparison; give another --out")
-    else:
-        write_atomic(path, recipe.to_toml().encode())
+    write_atomic(path, recipe.to_toml().encode())

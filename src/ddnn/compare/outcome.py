@@ -124,13 +124,20 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
             "runs": {str(recipe.train.seed + seed): [job.name for job in mine[seed]] for seed in seeds},
         }
     if done:
-        first, summary = next(iter(done.items()))
-        content |= {"machine": about[first]["machine"]["device"], "versions": about[first]["versions"]}
-        commits = dict.fromkeys(run["commit"] for run in about.values())
-        content["commit"] = ", ".join(commit for commit in commits if commit) or None
-        content["test_images"] = summary["dataset"]["test_images"]
+        machines = list(dict.fromkeys(run["machine"]["device"] for run in about.values()))
+        content |= {"machine": "; ".join(machines), "machines": machines}
+        packages = dict.fromkeys(package for run in about.values() for package in run["versions"])
+        content["versions"] = {
+            package: _distinct(run["versions"].get(package) for run in about.values()) for package in packages
+        }
+        content["commit"] = _distinct(run["commit"] for run in about.values()) or None
+        content["test_images"] = next(iter(done.values()))["dataset"]["test_images"]
     write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
     return content
+
+
+def _distinct(texts: Iterable[str | None]) -> str:
+    return ", ".join(dict.fromkeys(text for text in texts if text))
 
 
 def _about(folder: Path, name: str) -> dict[str, Any]:

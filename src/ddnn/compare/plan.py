@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddnn.errors import RecipeError
+from ddnn.errors import DDNNError, RecipeError
 from ddnn.recipe import Recipe, by_itself, changed, largest
 
 
@@ -115,6 +115,29 @@ def plan(recipe: Recipe, methods: Iterable[str], seeds: int, nets: list[str]) ->
         ]
         jobs += sorted(found, key=lambda job: job.needs is not None)
     return jobs
+
+
+def worthwhile(recipe: Recipe, nets: list[str], check: Callable[[Recipe, str], None]) -> tuple[list[str], list[str]]:
+    """The methods that this recipe has, and a sentence about each other: it is an earlier one again, or can't be.
+
+    `check` raises `DDNNError` where a recipe can't be; it gets the recipe and the name of its method.
+    """
+    kept: dict[str, Trainings] = {}
+    notes = []
+    for method, make in METHODS.items():
+        trainings = make(recipe, nets, 0)
+        twin = next((other for other, theirs in kept.items() if theirs == trainings), None)
+        if twin is not None:
+            notes.append(f"{method} is left out, as with this recipe it is the same as {twin}")
+            continue
+        try:
+            for _, theirs, _ in trainings:
+                check(theirs, method)
+        except DDNNError as error:
+            notes.append(f"{method} is left out, as this recipe can't have it: {' '.join(str(error).split())}")
+        else:
+            kept[method] = trainings
+    return list(kept), notes
 
 
 def _with_prerequisites(recipe: Recipe, methods: Iterable[str], nets: list[str]) -> list[str]:

@@ -35,6 +35,13 @@ class Reader(Protocol):
         """First image of each chunk, int64 [m], rising from 0: what is read at once. None where each is by itself."""
         return None
 
+    def identity(self) -> bytes:
+        """What tells these images from others, wherever they lie, without reading them; empty where nothing does.
+
+        It is made of their names within the data set, or of their sizes.
+        """
+        return b""
+
     def fetched(self, indices: Sequence[int]) -> "Reader":
         """A reader of the same images that has these at hand, fetched all at once from another machine."""
         return self

@@ -117,7 +117,16 @@ class DataSet:
     corrupt: tuple[str, ...]
     """Unreadable images found at loading, as 'path: reason'."""
     fingerprint: str
-    """Hex SHA-256 of the classes and of which images, with which labels, are in each part; wherever they lie."""
+    """`2-` and a hex SHA-256 of the classes and of which images, with which labels, are in each part.
+
+    It is the same wherever they lie. Images are told apart by what their reader knows without reading them.
+    """
+    former: str = ""
+    """As earlier versions made it: without names and sizes, and without the 2-."""
+
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether it is the data set that had this fingerprint, of whichever version, as far as that one tells."""
+        return fingerprint in (self.fingerprint, self.former)
 
 
 def load(data: Data, seed: int, *, whole: bool = False) -> DataSet:
@@ -158,6 +167,7 @@ def load(data: Data, seed: int, *, whole: bool = False) -> DataSet:
         test=images["test"],
         corrupt=_corrupt(skipped),
         fingerprint=_fingerprint(found.classes, parts),
+        former=_former(found.classes, parts),
     )
 
 
@@ -190,6 +200,7 @@ def load_test(data: Data, *, classes: tuple[str, ...], image_size: int, mean: Co
         test=test,
         corrupt=_corrupt(skipped),
         fingerprint=_fingerprint(classes, parts),
+        former=_former(classes, parts),
     )
 
 
@@ -219,6 +230,13 @@ def _corrupt(skipped: decode.Skipped) -> tuple[str, ...]:
 
 def _fingerprint(classes: tuple[str, ...], parts: Mapping[str, Labelled]) -> str:
     """Of what is known before a single image is decoded."""
+    digest = sha256(_former(classes, parts).encode())
+    for part in parts.values():
+        digest.update(sha256(part.reader.identity()).digest())
+    return f"2-{digest.hexdigest()}"
+
+
+def _former(classes: tuple[str, ...], parts: Mapping[str, Labelled]) -> str:
     digest = sha256(json.dumps(classes).encode())
     for name, part in parts.items():
         digest.update(json.dumps([name, len(part), len(part.reader)]).encode())

@@ -70,7 +70,10 @@ class Comparison(_Part):
     alone_epochs: int | None = None
     """Of a training of one net."""
     machine: str | None = None
+    """All of them as one text."""
+    machines: list[str] = []
     versions: dict[str, str] = {}
+    """By package; several by commas."""
     test_images: int | None = None
     commit: str | None = None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ddnn.figure import legend, name_nets, new_figure
+from ddnn.report.comparison import Comparison
 from ddnn.report.sentences import HERO, TIMES
 from ddnn.report.style import label_rows, line, panels_of, style
 from ddnn.report.summary import BASELINE, COSTS, Summary, label
@@ -124,8 +125,9 @@ def cost(summary: Summary) -> "Figure | None":
     if not any(found.method != BASELINE for found in costs):
         return None
     names = {what: name for what, name in COSTS.items() if any(found.relative[what] for found in costs)}
-    if "cpu_seconds" in names:
-        names.pop("seconds", None)  # the same but for what else the machine did
+    if "cpu_seconds" in names and "seconds" in names:
+        # On a CPU they are the same but for what else the machine did; beside a GPU, a processor only launches work.
+        names.pop("cpu_seconds" if _on_gpus(summary.comparison) else "seconds")
     most = max(ratio or 1.0 for found in costs for ratio in found.relative.values())
     figure, panels = panels_of(list(names.values()), row_height=0.75 + 0.27 * len(costs), sharey=True)
     for what, axes in zip(names, panels.values(), strict=True):
@@ -144,3 +146,9 @@ def cost(summary: Summary) -> "Figure | None":
         label_rows(axes, [found.method for found in costs])
     figure.supxlabel("relative to training every depth alone (dashed line: 1.0); less is better", fontsize=9.5)
     return figure
+
+
+def _on_gpus(comparison: Comparison) -> bool:
+    """Whether a training ran on one; of a machine unknown it is taken for granted that none did."""
+    machines = comparison.machines or [comparison.machine or "CPU"]
+    return not all(machine.startswith("CPU") for machine in machines)

@@ -14,13 +14,18 @@ from ddnn.data.sources.tar import from_tar
 from ddnn.errors import DataError
 from ddnn.recipe import Data
 
-__all__ = ["ALLOWED", "Labelled", "Source", "check_for_training", "find"]
+__all__ = ["ALLOWED", "Labelled", "Source", "check", "check_for_training", "find"]
 
 ALLOWED = (
     "digits, cifar10, cifar100, a folder of class folders, parquet files or tar shards (also by its name within "
     "$DDNN_DATA, or at a URL such as s3://bucket/folder), shards such as 'train-{000..146}.tar', or a Hugging Face hub "
     "id such as 'owner/name'"
 )
+
+
+def check(data: Data) -> None:
+    """Raises `DataError` where there is no data set to train on; decodes nothing."""
+    check_for_training(data, find(data))
 
 
 def find(data: Data) -> Source:

@@ -1,6 +1,7 @@
 """Class folders: ``<class>/*.jpg``, or ``train/<class>/*.jpg`` beside ``test/`` and ``val/``."""
 
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,18 @@ from PIL import Image
 
 from ddnn.data.decode import AtHand, Reader
 from ddnn.data.sources import places
-from ddnn.data.sources.found import EXTENSIONS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
+from ddnn.data.sources.found import EXTENSIONS, SPLITS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
 from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError
 from ddnn.picture import FORMATS
 from ddnn.recipe import Data
+
+ANNOTATIONS = "val_annotations.txt"
+"""Lines of file, class and more, by tabs, beside images in one folder: how Tiny ImageNet labels its validation."""
+ALIKE = 0.9
+"""Share of folder names that splits of one data set have in common at least."""
+
+_log = logging.getLogger("ddnn.data")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,9 @@ class _Files(Reader):
         if places.is_remote(self.root):
             return Image.open(io.BytesIO(places.read(self.name(index))), formats=FORMATS)
         return Image.open(self.name(index), formats=FORMATS)
+
+    def identity(self) -> bytes:
+        return self.paths.packed()
 
     def fetched(self, indices: Sequence[int]) -> Reader:
         if not places.is_remote(self.root):
@@ -114,15 +125,14 @@ def has_images(root: str) -> bool:
 def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) -> Source:
     """The data set in a folder; `listed`: all paths within it, where it lies on another machine."""
     tree: _Tree = _Local(root) if listed is None else _Listed(listed)
-    split = bool(tree.subfolders("train"))  # but a class may be called train, too
-    within = "train" if split else ""
+    within = _training(root, tree)
     found = _by_class(tree, within)
     if not any(map(len, found.values())):
         raise DataError(
             f"data {root}: no images ({' '.join(EXTENSIONS)}) in class folders, no parquet files and no tar shards; "
             "allowed are <class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg, or *.parquet, or *.tar"
         )
-    if not split and all(name.lower() in ("train", *TEST_SPLITS) for name in found):
+    if not within and all(_is_split(name) for name in found):
         raise DataError(
             f"data {root}: its only folders are {', '.join(found)}, which are no classes; images must be in "
             "train/<class>/, and those of other splits in test/<class>/ or val/<class>/"
@@ -130,20 +140,96 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
     empty = [name for name, paths in found.items() if not len(paths)]
     if empty:
         raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
+    if not within:
+        _check_classes(root, found)
     classes = tuple(found)
 
-    def other(name: str) -> Labelled:
+    def other(name: str) -> Labelled | None:
+        place = f"{root}/{name}"
         held = {each: paths for each, paths in _by_class(tree, name).items() if len(paths)}
-        strange = [each for each in held if each not in classes]
+        loose = not held and tree.images(name)
+        if loose or (len(held) == 1 and not held.keys() & found.keys()):
+            lines = _annotations(place, None if listed is None else f"{name}/{ANNOTATIONS}" in listed)
+            if lines is None:
+                _log.warning(
+                    "data %s: passed over, as its images are in no folder of a training class; to use it, sort them "
+                    "into %s/<class>/",
+                    place,
+                    name,
+                )
+                return None
+            held = _by_annotation(place, tree.images(name), lines)
+        strange = [each for each in held if each not in found]
         if strange:
-            raise DataError(f"data {root}/{name}: classes without training images: {', '.join(strange)}")
+            raise DataError(f"data {place}: classes without training images: {', '.join(strange)}")
         if not held:
-            raise DataError(f"data {root}/{name}: no images ({' '.join(EXTENSIONS)}) in its class folders")
-        return _files(f"{root}/{name}", held, classes)
+            raise DataError(f"data {place}: no images ({' '.join(EXTENSIONS)}) in its class folders")
+        return _files(place, held, classes)
 
-    others = [name for name in TEST_SPLITS if split and tree.subfolders(name)]
-    train = _files(f"{root}/train" if split else root, found, classes)
+    tops = tree.subfolders("") if within else []
+    others = [
+        name
+        for word in TEST_SPLITS
+        for name in tops
+        if name.lower() == word and (tree.subfolders(name) or tree.images(name))
+    ]
+    train = _files(f"{root}/{within}" if within else root, found, classes)
     return Source(classes, train, *test_and_validation(others, other, data))
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in (*SPLITS["train"], *TEST_SPLITS)
+
+
+def _training(root: str, tree: _Tree) -> str:
+    """The folder of the training's class folders; '' where they are in the root, as a class may be called train too.
+
+    By another name than `train` only where no other folder could be a class. Raises `DataError` where there are two.
+    """
+    tops = tree.subfolders("")
+    named = [name for name in tops if name.lower() in SPLITS["train"] and tree.subfolders(name)]
+    if "train" not in named and not all(map(_is_split, tops)):
+        return ""
+    if len(named) > 1:
+        raise DataError(f"data {root}: the folders {' and '.join(named)} are all for training; keep one of them")
+    return named[0] if named else ""
+
+
+def _check_classes(root: str, found: dict[str, Texts]) -> None:
+    """Raises `DataError` where the folders are rather splits: in each are two or more folders, the same in all."""
+    below: list[set[str]] = []
+    for paths in found.values():
+        parts = [paths[i].split("/") for i in range(len(paths))]
+        if any(len(each) == 2 for each in parts) or len(names := {each[1] for each in parts}) < 2:
+            return
+        below.append(names)
+    common = set.intersection(*below)
+    if len(below) > 1 and len(common) >= ALIKE * len(set.union(*below)):
+        raise DataError(
+            f"data {root}: {', '.join(found)} hold but the same folders ({', '.join(sorted(common)[:3])}, ...), "
+            "so it isn't clear which are the classes; put the images of splits in train/<class>/ and test/<class>/, "
+            "or those of classes in <class>/ itself"
+        )
+
+
+def _annotations(place: str, there: bool | None) -> str | None:
+    """The text that labels the images in a folder; `there`: whether there is one, where that is known already."""
+    path = f"{place}/{ANNOTATIONS}"
+    if not (os.path.isfile(path) if there is None else there):
+        return None
+    return places.read(path).decode("utf-8", "replace")
+
+
+def _by_annotation(place: str, paths: list[str], lines: str) -> dict[str, Texts]:
+    """Paths, sorted, by class. Raises `DataError` where one has no label."""
+    label = dict(fields[:2] for line in lines.splitlines() if len(fields := line.split("\t")) > 1)
+    held: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        name = path.rpartition("/")[2]
+        if name not in label:
+            raise DataError(f"data {place}: {path} has no line in {ANNOTATIONS}; label it there, or remove it")
+        held.setdefault(label[name], []).append(path)
+    return {name: Texts.of(held[name]) for name in sorted(held)}
 
 
 def _by_class(tree: _Tree, within: str) -> dict[str, Texts]:

@@ -14,8 +14,14 @@ from ddnn.errors import DataError
 from ddnn.recipe import Data
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
-VALIDATION_SPLITS = ("validation", "val", "valid")
-TEST_SPLITS = ("test", *VALIDATION_SPLITS)
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words that say of which split images are."""
+TEST_SPLITS = (*SPLITS["test"], *SPLITS["validation"])
+"""Names of what may be the test set, the best first."""
 LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target")
 
 
@@ -73,10 +79,13 @@ def all_of(reader: Reader, labels: Any) -> Labelled:
 def test_and_validation(
     names: list[str], read: Callable[[str], Labelled | None], data: Data
 ) -> tuple[Labelled | None, Labelled | None]:
-    """The first split with labels is the test; after one called test, the next is for validation. Reads no others."""
+    """The first split with labels is the test, after one for tests, the next is for validation. Reads no others.
+
+    `names` are in the order of `TEST_SPLITS`, in upper or lower case.
+    """
     found = ((name, part) for name, part in ((name, read(name)) for name in names) if part is not None)
     name, test = next(found, ("", None))
-    own = name == "test" and data.validation > 0
+    own = name.lower() in SPLITS["test"] and data.validation > 0
     return test, next(found, ("", None))[1] if own else None
 
 

@@ -22,6 +22,11 @@ class _Rows(Reader):
     split: str
     column: str
     rows: Any
+    known: bytes
+    """Its `identity`."""
+
+    def identity(self) -> bytes:
+        return self.known
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,8 +56,8 @@ def from_hub(name: str, data: Data, allowed: str) -> Source:
     return tables(name, splits, data)
 
 
-def tables(place: str, splits: Mapping[str, Any], data: Data) -> Source:
-    """A data set as `datasets.load_dataset` gives it."""
+def tables(place: str, splits: Mapping[str, Any], data: Data, known: Mapping[str, bytes] | None = None) -> Source:
+    """A data set as `datasets.load_dataset` gives it; `known`: of each split, what tells its images from others."""
     import datasets
 
     features = splits[train_split(place, list(splits))].features
@@ -66,7 +71,7 @@ def tables(place: str, splits: Mapping[str, Any], data: Data) -> Source:
             rows = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
         except Exception as error:  # it has no base class for its errors
             raise DataError(f"data {place}: column {image!r} holds no images: {first_line(error)}") from error
-        return _Rows(split, image, rows)
+        return _Rows(split, image, rows, (known or {}).get(split, b""))
 
     return by_splits(place, list(splits), data, f"column {label!r}", class_names(features, label), values, reader)
 

@@ -6,6 +6,7 @@ not too large; the rest is read in place.
 """
 
 import io
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,9 @@ class _Groups(Reader):
     first: NDArray[np.int64]
     """int64 [files + 1]: the first row group of each file."""
     recent: Recent[Any]
+
+    def identity(self) -> bytes:
+        return _identity(self.files, self.column)
 
     @property
     def chunks(self) -> Tensor | None:
@@ -117,7 +121,7 @@ def from_parquet(place: str, splits: Mapping[str, list[str]], data: Data) -> Sou
     if data.shuffle == "global":
         remote = any(places.is_remote(file.place) for each in files.values() for file in each)
         if not remote and sizes.sum() <= COPIED:
-            return _copied(place, splits, data)
+            return _copied(place, splits, data, {split: _identity(each, image) for split, each in files.items()})
         if sizes.mean() > SMALL:
             _log.warning(
                 "data %s: %.0f MB are read for each image, as large as its row groups are; set data.shuffle='chunks'",
@@ -180,17 +184,26 @@ def _check_column(place: str, schema: Any, image: str) -> None:
 
 def _bytes(files: Mapping[str, list[_File]], image: str) -> NDArray[np.int64]:
     """Bytes of the image column of each row group, decompressed."""
-    sizes = []
-    for file in (file for each in files.values() for file in each):
+    return np.array([size for each in files.values() for _, size in _groups(each, image)], dtype=np.int64)
+
+
+def _groups(files: Sequence[_File], image: str) -> list[tuple[int, int]]:
+    """Rows of each row group, and bytes of its image column, decompressed."""
+    found = []
+    for file in files:
         first = file.metadata.row_group(0)
         which = [i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == image]
         for number in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(number)
-            sizes.append(sum(group.column(i).total_uncompressed_size for i in which))
-    return np.array(sizes, dtype=np.int64)
+            found.append((group.num_rows, sum(group.column(i).total_uncompressed_size for i in which)))
+    return found
 
 
-def _copied(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
+def _identity(files: Sequence[_File], image: str) -> bytes:
+    return json.dumps(_groups(files, image)).encode()
+
+
+def _copied(place: str, splits: Mapping[str, list[str]], data: Data, known: Mapping[str, bytes]) -> Source:
     """By way of the Hugging Face library, which copies them once, into its cache, and shows how it goes on."""
     import datasets
 
@@ -198,7 +211,7 @@ def _copied(place: str, splits: Mapping[str, list[str]], data: Data) -> Source:
         loaded = datasets.load_dataset("parquet", data_files=dict(splits))
     except Exception as error:  # it has no base class for its errors
         raise DataError(f"data {place}: its parquet files cannot be read: {first_line(error)}") from error
-    return tables(place, loaded, data)
+    return tables(place, loaded, data, known)
 
 
 def _values(place: str, split: str, files: Sequence[_File], label: str) -> Values:

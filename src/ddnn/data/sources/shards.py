@@ -5,13 +5,8 @@ import re
 from collections.abc import Sequence
 
 from ddnn.data.sources import places
+from ddnn.data.sources.found import SPLITS
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""Words in the name of a file, or of its folder, that say of which split it is."""
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 """Names of tar files; all but the first are compressed, which ends in an error that says so."""
 

@@ -76,6 +76,9 @@ class _Members(Reader):
         begin = int(self.starts[index]) - start
         return held[begin : begin + int(self.sizes[index])]
 
+    def identity(self) -> bytes:
+        return self.names.packed() + self.sizes.astype("<i8").tobytes()
+
     def fetched(self, indices: Sequence[int]) -> Reader:
         if self.spans is not None or not places.is_remote(self.shards[0]):
             return self

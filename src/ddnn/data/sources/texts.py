@@ -34,6 +34,10 @@ class Texts:
         blocks = [part.block for part in parts] or [np.empty(0, np.uint8)]
         return cls(np.concatenate(blocks), np.concatenate([*starts, before[-1:]]).astype(np.int64))
 
+    def packed(self) -> bytes:
+        """All of them and where each ends, the same on every machine."""
+        return self.starts.astype("<i8").tobytes() + self.block.tobytes()
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
