@@ -124,13 +124,15 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
             "runs": {str(recipe.train.seed + seed): [job.name for job in mine[seed]] for seed in seeds},
         }
     if done:
-        machines = list(dict.fromkeys(run["machine"]["device"] for run in about.values()))
+        # a run may have gone on elsewhere, or with other code
+        stretches = [part for run in about.values() for part in (run, *run.get("resumed", []))]
+        machines = list(dict.fromkeys(part["machine"]["device"] for part in stretches))
         content |= {"machine": "; ".join(machines), "machines": machines}
-        packages = dict.fromkeys(package for run in about.values() for package in run["versions"])
+        packages = dict.fromkeys(package for part in stretches for package in part["versions"])
         content["versions"] = {
-            package: _distinct(run["versions"].get(package) for run in about.values()) for package in packages
+            package: _distinct(part["versions"].get(package) for part in stretches) for package in packages
         }
-        content["commit"] = _distinct(run["commit"] for run in about.values()) or None
+        content["commit"] = _distinct(part["commit"] for part in stretches) or None
         content["test_images"] = next(iter(done.values()))["dataset"]["test_images"]
     write_atomic(folder / "comparison.json", (json.dumps(content, indent=2) + "\n").encode())
     return content

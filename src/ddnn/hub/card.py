@@ -168,7 +168,7 @@ def _evidence(evidence: Evidence | None) -> str | None:
             "Top-1 in percent of all methods, each with the same recipe and data order; in brackets the difference to "
             "the same network trained alone, in points, with its 95% confidence interval:",
             tables.markdown_table(tables.accuracy_table(summary)),
-            "\n".join(f"- {tables.escape(note)}" for note in tables.notes(summary)),
+            "\n".join(f"- {tables.escape(note)}" for note in sentences.notes(summary)),
         ]
     )
 

@@ -231,6 +231,11 @@ def notes(summary: Summary) -> list[str]:
             f"The trainings were made by {count} versions of the code, given below. MACs don't depend on that; times "
             "and peak memory may, and on what else the machine did."
         )
+    several = [package for package, numbers in comparison.versions.items() if ", " in numbers]
+    where = [f"{len(comparison.machines)} kinds of machine"] if len(comparison.machines) > 1 else []
+    where += [f"several versions of {_list(several)}"] if several else []
+    if where:
+        found.append(f"The trainings ran on {_list(where)}: times, peak memory and latencies are not comparable.")
     return found
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from ddnn.page import Cell, Table
 from ddnn.report import sentences
-from ddnn.report.comparison import Comparison
 from ddnn.report.sentences import TIMES, interval, percent, points
 from ddnn.report.summary import BASELINE, COSTS, Difference, Row, Summary, label, summarise
 
@@ -112,23 +111,8 @@ def markdown_of(summary: Summary, missing: list[str] | None = None, figures: Map
     if missing := sentences.missing(summary) if missing is None else missing:
         parts += ["### Missing", _bullets(missing)]
     about = [f"{name}: {value}" for name, value in sentences.details(summary.comparison).items()]
-    parts += ["### How to read this", _bullets([*notes(summary), "; ".join(about) + "."])]
+    parts += ["### How to read this", _bullets([*sentences.notes(summary), "; ".join(about) + "."])]
     return "\n\n".join(parts) + "\n"
-
-
-def notes(summary: Summary) -> list[str]:
-    """How to read the numbers, and which of them can't be compared."""
-    return [*sentences.notes(summary), *_not_alike(summary.comparison)]
-
-
-def _not_alike(comparison: Comparison) -> list[str]:
-    """Why times and the like can't be compared, where they can't."""
-    several = [package for package, numbers in comparison.versions.items() if ", " in numbers]
-    where = [f"{len(comparison.machines)} kinds of machine"] if len(comparison.machines) > 1 else []
-    where += [f"several versions of {' and '.join(several)}"] if several else []
-    if not where:
-        return []
-    return [f"The trainings ran on {' and '.join(where)}: times, peak memory and latencies are not comparable."]
 
 
 def markdown_table(table: Table) -> str:
