@@ -18,7 +18,7 @@ import torch
 from step import machine, peak_bytes, stepping
 
 from ddnn.branchwise import branchwise_backward
-from ddnn.device import keep_freed_memory
+from ddnn.device import keep_freed_memory, use_huge_pages
 from ddnn.evaluate import macs, parameters, side_by_side
 from ddnn.families.cifar_resnet import resnet
 from ddnn.figure import SETTINGS, new_figure
@@ -84,6 +84,9 @@ def measure(
         branchwise_backward(of, objective, x, target, autocast=autocast)
 
     calls = {"plain": stepping(net, plain), "lean": stepping(net, lean), "alone": stepping(alone, plain)}
+    for call in calls.values():
+        call()
+    use_huge_pages()
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     memory = {name: peak_bytes(alone if name == "alone" else net, call, device) / 2**20 for name, call in calls.items()}
     return {

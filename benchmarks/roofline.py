@@ -22,7 +22,7 @@ from rich.table import Table
 from step import CASES, machine, set_up, stepping
 from torch import Tensor, nn
 
-from ddnn.device import keep_freed_memory
+from ddnn.device import keep_freed_memory, use_huge_pages
 from ddnn.evaluate import macs, side_by_side
 from ddnn.network import DDNN
 from ddnn.objective import EKD
@@ -77,6 +77,8 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     step = stepping(net, backward)
+    step()
+    use_huge_pages()
     seconds = median_seconds(step, device)
     operations = 2 * 3 * macs(net, case.size) * case.batch
     calls = convolutions_of(net, x)

@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ddnn.branchwise import branchwise_backward
-from ddnn.device import keep_freed_memory
+from ddnn.device import keep_freed_memory, use_huge_pages
 from ddnn.evaluate import macs, side_by_side
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
@@ -135,10 +135,12 @@ def measure(
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def plain(objective: EKD, forward: Callable[..., object] | None = None) -> Callable[[DDNN], None]:
+    def plain(
+        objective: EKD, forward: Callable[..., object] | None = None, *, made: bool = True
+    ) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
             with autocast():
-                energies = objective.attends and len(of.depths) > 1
+                energies = made and objective.attends and len(of.depths) > 1
                 outputs = (of if forward is None else forward)(x, energies=energies)  # type: ignore[operator]
             torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
 
@@ -165,9 +167,12 @@ def measure(
     }
     if compiling:
         forward = torch.compile(compiled) if device.type == "cuda" else None  # as `train.compile` has it
-        calls["compiled"] = stepping(compiled, plain(EKD().compile(), forward))
+        calls["compiled"] = stepping(compiled, plain(EKD().compile(), forward, made=False))
         for _ in range(3):
             calls["compiled"]()
+    for call in calls.values():
+        call()
+    use_huge_pages()  # all of them alike: the heap is as large as it gets
     before = counters["stats"]["unique_graphs"]
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))

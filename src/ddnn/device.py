@@ -64,7 +64,10 @@ def keep_freed_memory() -> None:
             library.malloc_trim(0)
             for option, value in _MALLOC_OPTIONS.items():
                 library.mallopt(option, value)
-            _ask_for_huge_pages(library)
+            library.malloc.restype = ctypes.c_void_p
+            grown = library.malloc(ctypes.c_size_t(HEAP - HUGE))  # addresses; no memory before something is put there
+            library.free(ctypes.c_void_p(grown))
+            use_huge_pages()
 
 
 _MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -72,18 +75,23 @@ _MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # malloc.h: M_MMAP_THRE
 
 HEAP = 2**30
 """Bytes by which the heap is grown before huge pages are asked for: for what is there already, that can be done."""
-MADV_HUGEPAGE = 14
 HUGE = 2**21
+_ADVICE = (14, 25)  # madvise(2): MADV_HUGEPAGE, from now on; MADV_COLLAPSE, for what there is, from Linux 6.1 on
 
 
-def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
-    """For the heap as far as it goes and `HEAP` beyond, which is no memory yet, only addresses."""
-    library.malloc.restype = ctypes.c_void_p
-    library.free(ctypes.c_void_p(library.malloc(ctypes.c_size_t(HEAP - HUGE))))  # the heap stays as large: see above
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith("[heap]"):
-            begin, end = (int(place, 16) // HUGE * HUGE for place in line.split()[0].split("-"))
-            library.madvise(ctypes.c_void_p(begin + HUGE), ctypes.c_size_t(max(0, end - begin - HUGE)), MADV_HUGEPAGE)
+def use_huge_pages() -> None:
+    """Put the heap as it is now into huge pages, where the system has them; process-wide.
+
+    `keep_freed_memory` asks for them in advance, as far as a small network's heap grows. That of a larger one has grown
+    beyond when its first step is done: then call this, which takes a second for each gigabyte.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith("[heap]"):
+                begin, end = (int(place, 16) // HUGE * HUGE for place in line.split()[0].split("-"))
+                for advice in _ADVICE:
+                    library.madvise(ctypes.c_void_p(begin + HUGE), ctypes.c_size_t(max(0, end - begin - HUGE)), advice)
 
 
 class PeakMemory:

@@ -103,6 +103,8 @@ class State:
     """The network that teaches in two-model KD; its last net does."""
     step: int = 0
     """Optimiser steps done."""
+    warm: bool = False
+    """Whether this process has done one."""
     sums: Sums = field(default_factory=Sums)
     """Of the epoch that is going on."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -161,7 +163,8 @@ class State:
     def outputs(self, images: Tensor) -> dict[str, Output]:
         """What the nets that learn make of images [N, 3, H, W]."""
         students = len(self.learning or self.net.depths) - (self.teacher is None)
-        energies = students > 0 and self.objective_now.attends
+        # a compiled objective reads features as fast as a forward makes energies, and is one piece with what follows
+        energies = students > 0 and self.objective_now.attends and not self.recipe.train.compile
         if self.learning is None:
             return self.forward(images, energies=energies)
         forward = self.forward if self.averaging is None else self.net

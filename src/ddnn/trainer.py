@@ -27,7 +27,7 @@ from ddnn.build import build, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
-from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads
+from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads, use_huge_pages
 from ddnn.errors import RunError
 from ddnn.evaluate import accuracy, measures
 from ddnn.network import DDNN, recalibrate
@@ -185,6 +185,7 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
         dataset, state.recipe, epoch=epoch, start=start, device=state.device, part=processes.part
     )
     saved = time.monotonic()
+    growing = not state.warm or state.step == state.join_step  # more is held from this step on than ever before
     with notice.held_back():
         for x, target in _timed(batches, state):
             with state.clock("step"):
@@ -196,6 +197,9 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
                         "train.accumulate or lower train.batch_size"
                     ) from None
                 state.sums.add(state.step, terms, logits, target)
+                if growing:
+                    use_huge_pages()
+                    growing, state.warm = False, True
             ended = state.step % steps == 0
             if state.step % LOOK_EVERY == 0 or ended:
                 state.sums.look(processes)
