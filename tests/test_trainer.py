@@ -141,6 +141,7 @@ def test_a_run_that_goes_on_elsewhere_tells_of_both(tiny: Make, monkeypatch: pyt
     assert about["commit"] == "first"
 
 
+@pytest.mark.slow
 def test_resume_after_sigkill_is_bitwise(tmp_path: Path, tiny: Make) -> None:
     whole = tiny("whole", "train.epochs=6")
     train(whole, Quiet())
