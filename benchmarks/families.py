@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ddnn.evaluate import macs, parameters
+from ddnn.evaluate import parameters, tree_bound
 from ddnn.families import EXAMPLES, PRESETS, build, family_of
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.families.discover import ghost
@@ -100,7 +100,7 @@ def row(preset: str, *, checked: bool = True) -> str:
     full_net, _ = build(about.full_net, 1000, image_size=size)
     net = nest(ghost(full_net), about.depths)
     shared, beyond = shares(net)
-    bound = macs(net, size) / sum(macs(sub, size) for sub in net.nets.values())
+    bound = tree_bound(net, size)
     family = family_of(full_net)
     assert family is not None
     depths = "; ".join(f"{name} {'-'.join(map(str, kept))}" for name, kept in about.depths.items())

@@ -15,10 +15,10 @@ from typing import Any
 
 import matplotlib
 import torch
-from step import machine, peak_bytes, stepping
+from step import machine, peak_bytes, stepping, warm_up
 
 from ddnn.branchwise import branchwise_backward
-from ddnn.device import keep_freed_memory, use_huge_pages
+from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, parameters, side_by_side
 from ddnn.families.cifar_resnet import resnet
 from ddnn.figure import SETTINGS, new_figure
@@ -77,16 +77,14 @@ def measure(
 
     def plain(of: DDNN) -> None:
         with autocast():
-            outputs = of(x, energies=len(of.depths) > 1)
+            outputs = of(x, energies=objective.attends(of.depths))
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     def lean(of: DDNN) -> None:
         branchwise_backward(of, objective, x, target, autocast=autocast)
 
     calls = {"plain": stepping(net, plain), "lean": stepping(net, lean), "alone": stepping(alone, plain)}
-    for call in calls.values():
-        call()
-    use_huge_pages()
+    warm_up(calls.values())
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     memory = {name: peak_bytes(alone if name == "alone" else net, call, device) / 2**20 for name, call in calls.items()}
     return {

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import CASES, machine, set_up, stepping
+from step import CASES, machine, set_up, stepping, warm_up
 from torch import Tensor, nn
 
-from ddnn.device import keep_freed_memory, use_huge_pages
-from ddnn.evaluate import macs, side_by_side
+from ddnn.device import keep_freed_memory
+from ddnn.evaluate import macs, side_by_side, tree_bound
 from ddnn.network import DDNN
 from ddnn.objective import EKD
 
@@ -77,8 +77,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     step = stepping(net, backward)
-    step()
-    use_huge_pages()
+    warm_up([step])
     seconds = median_seconds(step, device)
     operations = 2 * 3 * macs(net, case.size) * case.batch
     calls = convolutions_of(net, x)
@@ -99,7 +98,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
         },
         "convolutions_alone_s": alone,
         "share_of_convolution_ceiling": alone / seconds,
-        "tree_bound": macs(net, case.size) / sum(macs(sub, case.size) for sub in net.nets.values()),
+        "tree_bound": tree_bound(net, case.size),
         "tree_bound_in_time": alone / apart,
         "convolutions": [
             {"input": list(one[0][1:]), "weight": list(one[1]), "stride": one[2][0], "calls": count, **found[one]}

@@ -29,7 +29,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory, use_huge_pages
-from ddnn.evaluate import macs, side_by_side
+from ddnn.evaluate import side_by_side, tree_bound
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.network import DDNN, nest
@@ -115,6 +115,13 @@ def stepping(of: DDNN, backward: Callable[[DDNN], None]) -> Callable[[], None]:
     return step
 
 
+def warm_up(calls: Iterable[Callable[[], object]]) -> None:
+    """Run each once; the heap is then as large as it gets, and all of them have huge pages alike."""
+    for call in calls:
+        call()
+    use_huge_pages()
+
+
 def set_up(preset: str, device: torch.device) -> tuple[DDNN, Tensor, Tensor]:
     """The preset's DDNN with fresh weights, and images and classes of its case."""
     case = CASES[preset]
@@ -140,7 +147,7 @@ def measure(
     ) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
             with autocast():
-                energies = made and objective.attends and len(of.depths) > 1
+                energies = made and objective.attends(of.depths)
                 outputs = (of if forward is None else forward)(x, energies=energies)  # type: ignore[operator]
             torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
 
@@ -170,13 +177,11 @@ def measure(
         calls["compiled"] = stepping(compiled, plain(EKD().compile(), forward, made=False))
         for _ in range(3):
             calls["compiled"]()
-    for call in calls.values():
-        call()
-    use_huge_pages()  # all of them alike: the heap is as large as it gets
+    warm_up(calls.values())
     before = counters["stats"]["unique_graphs"]
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
     sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))
-    tree = macs(net, case.size) / sum(macs(sub, case.size) for sub in net.nets.values())
+    tree = tree_bound(net, case.size)
     return {
         "joint_over_alone": times["ekd"] / sum_alone,
         "tree_bound": tree,

@@ -55,7 +55,7 @@ def branchwise_backward(
     wanted = set(net.depths if only is None else only)
     names = [name for name in reversed(net.depths) if name in wanted]  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
-    energies = objective.attends and len(names) > (teacher is None)
+    energies = objective.attends(reversed(names), taught=teacher is not None)
     walk = _Walk(net, paths, objective, target, teacher, scale, autocast, energies)
     if net.whole:
         for name in names:
@@ -130,9 +130,8 @@ class _Walk:
                 feature = self.net.stem(feature)
             while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
                 feature = self.paths[names[0]][i].block(feature)
-                ending = [
-                    name for name in names if self.paths[name][i].ends_stage
-                ]  # it may for one and not for another
+                # the same block may end a stage for one and not for another
+                ending = [name for name in names if self.paths[name][i].ends_stage]
                 if ending:
                     end = self._end(ending[0], feature)
                     feature = end.feature

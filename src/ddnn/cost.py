@@ -49,7 +49,7 @@ def step_cost(
                 branchwise_backward(of, objective, x, target, autocast=autocast)
             else:
                 with autocast():
-                    outputs = of(x, energies=objective.attends and len(of.depths) > 1)
+                    outputs = of(x, energies=objective.attends(of.depths))
                 torch.stack(list(objective(outputs, target).values())).sum().backward()
             of.zero_grad()
 

@@ -107,6 +107,11 @@ def macs(net: nn.Module, image_size: int) -> int:
     return call_macs(ghost(net).eval(), torch.empty(1, 3, image_size, image_size, device="meta"))
 
 
+def tree_bound(net: DDNN, image_size: int) -> float:
+    """MACs of the tree of a DDNN over those of its nets alone: the share of the work that sharing leaves."""
+    return macs(net, image_size) / sum(macs(sub, image_size) for sub in net.nets.values())
+
+
 def call_macs(call: Callable[..., object], *inputs: object) -> int:
     """Multiply-accumulates of one call, whose tensors may be on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():

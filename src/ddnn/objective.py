@@ -181,10 +181,13 @@ class EKD:
         self._maps, self._map_distance = torch.compile(_maps), torch.compile(_map_distance)
         return self
 
-    @property
-    def attends(self) -> bool:
-        """Whether attention has a weight, so that it pays to call the network with `energies=True`."""
-        return any(self.attention.values()) if isinstance(self.attention, Mapping) else self.attention > 0
+    def attends(self, nets: Iterable[str], *, taught: bool = False) -> bool:
+        """Whether attention has a weight for a student, so that it pays to call the network with `energies=True`.
+
+        The last of `nets` is the full-net, which is no student unless they are `taught` by another network.
+        """
+        names = list(nets)
+        return any(self._weight("attention", name) for name in (names if taught else names[:-1]))
 
     def at(self, progress: float) -> "EKD":
         """The objective when this share of the training is over, from 0 to 1: `kl` and `attention` as `ramp` has them.
@@ -219,7 +222,7 @@ class EKD:
                 terms[f"{full}/ce"] = cross_entropy(teacher.logits, target, self.label_smoothing)
             # what the teacher has to say is the same for all students
             teacher = teacher.detach()
-            shown = any(self._weight("attention", name) for name in students)
+            shown = self.attends(students, taught=True)
             teacher_maps = self._maps(_stages(teacher), self.attention_map) if shown else []
             told = any(self._weight("kl", name) for name in students)
             log_p = _log_posterior(teacher.logits, self.temperature) if told else None

@@ -103,8 +103,6 @@ class State:
     """The network that teaches in two-model KD; its last net does."""
     step: int = 0
     """Optimiser steps done."""
-    warm: bool = False
-    """Whether this process has done one."""
     sums: Sums = field(default_factory=Sums)
     """Of the epoch that is going on."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -160,11 +158,15 @@ class State:
         """`averaging`, which waits for a gradient of every parameter, and so is of no use while sub-nets wait."""
         return self.averaging if self.learning is None else None
 
+    @property
+    def attends(self) -> bool:
+        """Whether attention is taken at this point of the run."""
+        return self.objective_now.attends(self.learning or self.net.depths, taught=self.teacher is not None)
+
     def outputs(self, images: Tensor) -> dict[str, Output]:
         """What the nets that learn make of images [N, 3, H, W]."""
-        students = len(self.learning or self.net.depths) - (self.teacher is None)
         # a compiled objective reads features as fast as a forward makes energies, and is one piece with what follows
-        energies = students > 0 and self.objective_now.attends and not self.recipe.train.compile
+        energies = self.attends and not self.recipe.train.compile
         if self.learning is None:
             return self.forward(images, energies=energies)
         forward = self.forward if self.averaging is None else self.net
@@ -237,7 +239,7 @@ class State:
             return None
         with torch.no_grad():
             name = self.teacher.full_name
-            return self.teacher(images, only=[name], energies=self.objective_now.attends)[name]
+            return self.teacher(images, only=[name], energies=self.attends)[name]
 
     def bank(self) -> None:
         """Count the time until now into `total`, and what the processor worked for this process into `cpu`."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddnn.errors import NestingError
-from ddnn.evaluate import latency_ms, macs, parameters, side_by_side
+from ddnn.evaluate import latency_ms, macs, parameters, side_by_side, tree_bound
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN, assemble, nest
 from ddnn.sharing import Depths
@@ -183,8 +183,7 @@ class _Search:
 
     def bound(self, depths: Sequence[Depths]) -> float:
         """MACs of the tree of these sub-nets and the full-net over those of training each alone."""
-        net = self.nested(depths)
-        return macs(net, self.image_size) / sum(macs(sub, self.image_size) for sub in net.nets.values())
+        return tree_bound(self.nested(depths), self.image_size)
 
     def latency(self, depths: Depths) -> float:
         """Milliseconds of a sub-net on the device."""

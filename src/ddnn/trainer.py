@@ -125,6 +125,7 @@ def _train(
     next_step = state.step + (not state.sums.images)  # an epoch whose end is still to come is told of again
     epochs = [epoch for epoch in run.metrics() if epoch["step"] < next_step]
 
+    begun = state.step
     progress.start(recipe.train.epochs * steps, state.step, dataset, state.net)
     state.start_clocks()
     events = SummaryWriter(str(run.path / "tensorboard"), purge_step=next_step) if processes.first else None
@@ -141,7 +142,9 @@ def _train(
                 progress.epoch(epochs[-1])
             if state.step == recipe.train.epochs * steps:
                 break
-            train_epoch(state, dataset, run, progress, notice)
+            # from here on more is held than ever before in this process
+            growing = state.step in (begun, state.join_step)
+            train_epoch(state, dataset, run, progress, notice, growing=growing)
     return finish(run, state, dataset, epochs)
 
 
@@ -175,8 +178,13 @@ def end_epoch(state: State, dataset: DataSet, memory: PeakMemory) -> dict[str, A
     return metrics
 
 
-def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progress, notice: Notice) -> None:
-    """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it."""
+def train_epoch(
+    state: State, dataset: DataSet, run: RunFolder, progress: Progress, notice: Notice, *, growing: bool
+) -> None:
+    """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it.
+
+    `growing`: its first step makes the heap grow.
+    """
     train, steps, processes = state.recipe.train, state.steps_per_epoch, state.processes
     epoch, start = divmod(state.step, steps)
     if 0 < state.step == state.join_step:
@@ -185,7 +193,6 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
         dataset, state.recipe, epoch=epoch, start=start, device=state.device, part=processes.part
     )
     saved = time.monotonic()
-    growing = not state.warm or state.step == state.join_step  # more is held from this step on than ever before
     with notice.held_back():
         for x, target in _timed(batches, state):
             with state.clock("step"):
@@ -199,7 +206,7 @@ def train_epoch(state: State, dataset: DataSet, run: RunFolder, progress: Progre
                 state.sums.add(state.step, terms, logits, target)
                 if growing:
                     use_huge_pages()
-                    growing, state.warm = False, True
+                    growing = False
             ended = state.step % steps == 0
             if state.step % LOOK_EVERY == 0 or ended:
                 state.sums.look(processes)

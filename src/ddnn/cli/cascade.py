@@ -76,7 +76,7 @@ def cascade(
         from ddnn.cli.run_images import test_and_validation  # needs torch
 
         chosen_on, judged_by = test_and_validation(run, model.manifest, limit)
-    for unread in dict.fromkeys(filter(None, (chosen_on.unread, judged_by.unread))):
+    for unread in heldout.all_unread(chosen_on, judged_by):
         typer.echo(f"warning: {unread}", err=True)
     batches = batch or [size for size in (1, 8, 32) if size <= len(judged_by)]
     with watched(quiet=as_json) as watch:

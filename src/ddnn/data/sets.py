@@ -149,6 +149,7 @@ def load(data: Data, seed: int, *, whole: bool = False) -> DataSet:
         train, validation = _set_aside(data, train, "validation", data.validation, seed)
     parts = {"training": train, "test": test} | ({"validation": validation} if validation else {})
     parts = {name: _limited(part, data.limit, seed, name) for name, part in parts.items()}
+    former = _former(found.classes, parts)
 
     skipped = decode.Skipped(data.source, data.corrupt_limit)
     sizes = _sizes(data, parts["training"], skipped) if whole or not data.image_size else []
@@ -166,8 +167,8 @@ def load(data: Data, seed: int, *, whole: bool = False) -> DataSet:
         validation=images.get("validation"),
         test=images["test"],
         corrupt=_corrupt(skipped),
-        fingerprint=_fingerprint(found.classes, parts),
-        former=_former(found.classes, parts),
+        fingerprint=_fingerprint(former, parts),
+        former=former,
     )
 
 
@@ -187,6 +188,7 @@ def load_test(data: Data, *, classes: tuple[str, ...], image_size: int, mean: Co
     part = found.train if found.test is None else found.test
     numbers = torch.tensor([classes.index(name) for name in found.classes])
     parts = {"test": Labelled(part.reader, part.index, numbers[part.labels])}
+    former = _former(classes, parts)
     skipped = decode.Skipped(data.source, data.corrupt_limit)
     test = _images(data, parts, image_size, skipped)["test"]
     return DataSet(
@@ -199,8 +201,8 @@ def load_test(data: Data, *, classes: tuple[str, ...], image_size: int, mean: Co
         validation=None,
         test=test,
         corrupt=_corrupt(skipped),
-        fingerprint=_fingerprint(classes, parts),
-        former=_former(classes, parts),
+        fingerprint=_fingerprint(former, parts),
+        former=former,
     )
 
 
@@ -228,9 +230,9 @@ def _corrupt(skipped: decode.Skipped) -> tuple[str, ...]:
     return tuple(f"{name}: {reason}" for name, reason in skipped.reasons.items())
 
 
-def _fingerprint(classes: tuple[str, ...], parts: Mapping[str, Labelled]) -> str:
+def _fingerprint(former: str, parts: Mapping[str, Labelled]) -> str:
     """Of what is known before a single image is decoded."""
-    digest = sha256(_former(classes, parts).encode())
+    digest = sha256(former.encode())
     for part in parts.values():
         digest.update(sha256(part.reader.identity()).digest())
     return f"2-{digest.hexdigest()}"

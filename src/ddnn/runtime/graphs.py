@@ -44,8 +44,7 @@ class External(NamedTuple):
 
 def externals(graph: bytes) -> list[External]:
     """The tensors of a graph file that lie in another file. Raises `BundleError` for those this can't read."""
-    model = _model_message()()
-    model.ParseFromString(graph)
+    model = _parsed(graph)
     found = []
     for tensor in model.graph.initializer:
         if tensor.data_location != _EXTERNAL:
@@ -61,12 +60,16 @@ def externals(graph: bytes) -> list[External]:
 
 def files_of(graph: bytes) -> set[str]:
     """What a graph file calls the files its tensors lie in, wherever it has tensors. Raises `BundleError`."""
+    return {entry.value for entry in _entries(_parsed(graph)) if entry.key == "location"}
+
+
+def _parsed(graph: bytes) -> Any:
     model = _model_message()()
     try:
         model.ParseFromString(graph)
     except protobuf.DecodeError:
         raise BundleError("is no ONNX graph") from None
-    return {entry.value for entry in _entries(model) if entry.key == "location"}
+    return model
 
 
 def _entries(message: Any) -> Iterator[Any]:
@@ -83,8 +86,7 @@ def _entries(message: Any) -> Iterator[Any]:
 
 def cut_to(graph: bytes, outputs: Collection[str]) -> bytes:
     """The graph with these of its outputs and what computes them, and no other outputs or nodes."""
-    model = _model_message()()
-    model.ParseFromString(graph)
+    model = _parsed(graph)
     needed = set(outputs)
     kept = []
     for node in reversed(model.graph.node):  # nodes come after those they depend on

@@ -83,6 +83,11 @@ def _folder(root: Path, manifest: Manifest, limit: int) -> HeldOut:
     return HeldOut(np.stack(pixels), np.array(labels, dtype=np.int64), about, unread(failed, len(pixels), str(root)))
 
 
+def all_unread(*held: HeldOut) -> list[str]:
+    """What `unread` says of several, each sentence once."""
+    return list(dict.fromkeys(each.unread for each in held if each.unread))
+
+
 def unread(reasons: Sequence[str], read: int, where: str) -> str:
     """The sentence on images that could not be read, beside so many that could; "" for none."""
     if not reasons:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ddnn.errors import RequestError
 from ddnn.runtime.cascade import NEVER, UNREACHED, confidence
 from ddnn.runtime.curve import Curve, Point, Took, choose
-from ddnn.runtime.heldout import HeldOut
+from ddnn.runtime.heldout import HeldOut, all_unread
 from ddnn.runtime.machine import Attention, this_machine
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
@@ -109,7 +109,7 @@ def measure(
         busy=busy,
         fixed=fixed,
         points=points,
-        unread=list(dict.fromkeys(filter(None, (chosen_on.unread, judged_by.unread)))),
+        unread=all_unread(chosen_on, judged_by),
     )
     return choose(measured)
 
