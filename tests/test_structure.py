@@ -32,6 +32,8 @@ ORDER = [
     "table",
     "tied",
     "energy",
+    "autocast",
+    "compiling",
     "network",
     "backbone",
     "objective",

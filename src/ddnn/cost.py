@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
 from ddnn.evaluate import macs, side_by_side
 from ddnn.network import DDNN
@@ -40,15 +41,12 @@ def step_cost(
 ) -> StepCost:
     """Measure on copies; `net` is left as it is. Times are medians of steps taken in turns."""
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
-
     def step(of: DDNN) -> Callable[[], None]:
         def run() -> None:
             if lean:
-                branchwise_backward(of, objective, x, target, autocast=autocast)
+                branchwise_backward(of, objective, x, target, autocast=lambda: autocast(of, x.device, bf16))
             else:
-                with autocast():
+                with autocast(of, x.device, bf16):
                     outputs = of(x, energies=objective.attends(of.depths))
                 torch.stack(list(objective(outputs, target).values())).sum().backward()
             of.zero_grad()

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ddnn.autocast import autocast
 from ddnn.build import make_objective
+from ddnn.compiling import compiled
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
@@ -127,7 +129,7 @@ class State:
         return cls(
             recipe=recipe,
             net=net,
-            forward=torch.compile(forward) if recipe.train.compile and device.type == "cuda" and not lean else forward,
+            forward=compiled(forward, device) if recipe.train.compile and not lean else forward,
             objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
@@ -165,12 +167,10 @@ class State:
 
     def outputs(self, images: Tensor) -> dict[str, Output]:
         """What the nets that learn make of images [N, 3, H, W]."""
-        # a compiled objective reads features as fast as a forward makes energies, and is one piece with what follows
-        energies = self.attends and not self.recipe.train.compile
         if self.learning is None:
-            return self.forward(images, energies=energies)
+            return self.forward(images, energies=self.attends)
         forward = self.forward if self.averaging is None else self.net
-        return forward(images, only=self.learning, energies=energies)
+        return forward(images, only=self.learning, energies=self.attends)
 
     def join(self) -> None:
         """Let the sub-nets start from what the full-net is now."""
@@ -229,9 +229,9 @@ class State:
                     "kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
                 )
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
         """What every piece of forward runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+        return autocast(self.net, self.device, self.recipe.train.precision == "bf16")
 
     def taught(self, images: Tensor) -> Output | None:
         """What the separate teacher, if there is one, makes of the images."""

@@ -1,0 +1,206 @@
+"""Forwards in 16 bits: torch's autocast and, on a CPU, convolutions of few positions as matrix products.
+
+Deep in a network a feature has few positions and many channels. Of a convolution there, the library moves the weights
+about, into the layout of its kernels and back, for longer than it multiplies: 512 channels on 2 x 2 positions take five
+times as long as the matrix product of the same numbers, the gradient of their weights ten times. So such convolutions
+are written as what they are, a product of the windows of the image, one to a row, with the weights.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+FEW = 4096
+"""Positions, of all images of a batch together, up to which a convolution of 1 x 1 is better off as a product."""
+COPIED = 2
+"""Of larger kernels the windows have to be copied. It pays up to one position for this many output channels ..."""
+COPIED_FOR_WEIGHTS = 8
+"""... and for the gradient of the weights, with which the library is slower, up to this many positions for each."""
+
+WIDE = 128
+"""Channels of an output with less than which a network has nothing to gain."""
+
+Pair = tuple[int, int]
+
+
+@contextmanager
+def autocast(net: nn.Module, device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """Autocast to bfloat16, on a CPU with `MatrixProducts` if the net may gain by them; nothing unless `enabled`.
+
+    For a forward of this net alone: backward, and losses, belong outside.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        # to look at every call costs a network of few channels a fiftieth of its step
+        if enabled and device.type == "cpu" and any(map(_wide, net.modules())):
+            with MatrixProducts():
+                yield
+        else:
+            yield
+
+
+def _wide(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1 and module.out_channels >= WIDE
+
+
+class MatrixProducts(TorchFunctionMode):
+    """Within it, and under autocast to bfloat16 on a CPU, `conv2d` of few positions is a matrix product.
+
+    The same within rounding to 16 bits; sums are in 32, as the library's. What comes in float32 or float64 without
+    autocast is left to the library, and so are convolutions with groups, dilation or bias. The networks stay as they
+    are: it is the call that is another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halved: dict[tuple[Tensor, bool], Tensor] = {}
+        """Weights in 16 bits: shared ones are needed several times, and autocast keeps its own copies to itself."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.conv2d:
+            return self.conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """`torch.conv2d`."""
+        plain = bias is None and groups == 1 and _pair(dilation) == (1, 1) and input.ndim == 4
+        if plain and _halves(input) and not isinstance(padding, str):
+            strides, pads = _pair(stride), _pair(padding)
+            if any(_as_products(input.shape, weight.shape, strides, pads)):
+                made: Tensor = Convolution.apply(input.to(torch.bfloat16), self.half(weight), strides, pads)
+                return made
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+    def half(self, weight: Tensor) -> Tensor:
+        """The weight in 16 bits, kept as long as autocast would keep it."""
+        if not torch.is_autocast_cache_enabled():
+            return weight.to(torch.bfloat16)
+        key = (weight, torch.is_grad_enabled())
+        if key not in self.halved:
+            self.halved[key] = weight.to(torch.bfloat16)
+        return self.halved[key]
+
+
+class Convolution(torch.autograd.Function):
+    """A convolution [N, C, H, W] with weights [D, C, h, w], whose parts are matrix products where that is faster."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+        """To a map [N, D, H', W']."""
+        ctx.save_for_backward(image, weight)
+        ctx.stride, ctx.padding = stride, padding
+        ctx.forward_, ctx.of_image, ctx.of_weight = _as_products(image.shape, weight.shape, stride, padding)
+        if not ctx.forward_:
+            return torch.conv2d(image, weight, None, stride, padding)
+        size = _size(image.shape, weight.shape, stride, padding)
+        return _map(_windows(image, _kernel(weight.shape), stride, padding) @ _rows(weight).t(), len(image), size)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """To those of image and weight."""
+        (gradient,) = gradients
+        image, weight = ctx.saved_tensors
+        wants_image, wants_weight, *_ = ctx.needs_input_grad
+        (high, wide), channels = _kernel(weight.shape), image.shape[1]
+        of_image = of_weight = None
+        if wants_weight and ctx.of_weight:
+            windows = _windows(image, (high, wide), ctx.stride, ctx.padding)
+            by_channel = gradient.permute(0, 2, 3, 1).flatten(0, 2).t()
+            of_weight = _map(by_channel @ windows, len(weight), (high, wide))
+        if wants_image and ctx.of_image:
+            # at every position of the image, what its part in the outputs around it was multiplied by
+            around = (high - 1 - ctx.padding[0], wide - 1 - ctx.padding[1])
+            windows = _windows(gradient, (high, wide), (1, 1), around, turned=True)
+            of_image = _map(
+                windows @ weight.permute(2, 3, 0, 1).reshape(-1, channels), len(image), tuple(image.shape[2:])
+            )
+        rest = [wants_image and of_image is None, wants_weight and of_weight is None, False]
+        if any(rest):
+            options = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, rest)
+            left = torch.ops.aten.convolution_backward(gradient, image, weight, *options)
+            of_image, of_weight = (left[i] if rest[i] else done for i, done in enumerate((of_image, of_weight)))
+        return of_image, of_weight, None, None
+
+
+def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[bool, bool, bool]:
+    """Whether the convolution, the gradient of its image and that of its weights are faster as matrix products."""
+    high, wide = _size(image, weight, stride, padding)
+    positions, kernel = image[0] * high * wide, _kernel(weight)
+    # of a larger stride, windows of the gradient would be mostly zeros; more padding than kernel has no windows
+    turns = stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]
+    if kernel == (1, 1) and padding == (0, 0):
+        few = 0 < positions <= FEW
+        return few, few and turns, few
+    return (
+        0 < COPIED * positions <= weight[0],
+        0 < COPIED * positions <= weight[1] and turns,
+        0 < positions <= COPIED_FOR_WEIGHTS * weight[0],
+    )
+
+
+def _windows(image: Tensor, kernel: Pair, stride: Pair, padding: Pair, *, turned: bool = False) -> Tensor:
+    """Map [N, C, H, W] -> [N * positions, kernel height * width * C], what a kernel sees at every position.
+
+    `turned` by half a turn.
+    """
+    rows = image.permute(0, 2, 3, 1)
+    if kernel == (1, 1) and padding == (0, 0):
+        return rows[:, :: stride[0], :: stride[1]].flatten(0, 2)
+    windows = F.pad(rows, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = windows.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1]).movedim(3, 5)
+    return (windows.flip(3, 4) if turned else windows).flatten(3).flatten(0, 2)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """[D, C, h, w] -> [D, h * w * C], as windows have it."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _map(rows: Tensor, n: int, size: tuple[int, ...]) -> Tensor:
+    """[N * H * W, C] or [N, H * W * C] -> map [N, C, H, W], channels last."""
+    return rows.view(n, *size, -1).permute(0, 3, 1, 2)
+
+
+def _size(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> Pair:
+    """Height and width of what comes out."""
+    high, wide = ((image[2 + i] + 2 * padding[i] - weight[2 + i]) // stride[i] + 1 for i in (0, 1))
+    return high, wide
+
+
+def _kernel(weight: torch.Size) -> Pair:
+    return weight[2], weight[3]
+
+
+def _pair(given: int | Pair) -> Pair:
+    return (given, given) if isinstance(given, int) else (given[0], given[-1])
+
+
+def _halves(x: Tensor) -> bool:
+    """Whether autocast would take this tensor to bfloat16 on a CPU."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
