@@ -1,6 +1,7 @@
 """The memory-saving step against the plain one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -98,8 +99,29 @@ def test_it_holds_one_path_at_a_time() -> None:
     assert peak(table, lean=False) > 1.5 * alone
 
 
-def test_under_autocast_no_copy_of_a_weight_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing changes by that: with one net, whose sums have one order only, all is bitwise the plain step."""
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_weights_cast_anew_change_nothing() -> None:
+    """One net, whose sums have one order only, is bitwise the plain step, with its copies of weights and without."""
+    x, target, found = torch.randn(6, 3, 16, 16), torch.arange(6), []
+    net = nest(resnet(20, num_classes=10, width=4), {}).to(memory_format=torch.channels_last).train()
+    for keep in (None, True, False):
+        own = copy.deepcopy(net)
+        with nullcontext() if keep is None else branchwise._weights_cast_anew(keep=keep), autocast():
+            outputs = own(x)
+        sum(EKD()(outputs, target).values()).backward()
+        found.append([outputs["full"].logits, *(p.grad for p in own.parameters())])
+    lean = copy.deepcopy(net)
+    _, logits = branchwise_backward(lean, EKD(), x, target, autocast=autocast)
+    found.append([logits["full"], *(p.grad for p in lean.parameters())])
+    plain, *others = found
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_under_autocast_no_copy_of_a_weight_is_kept_after_the_first_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[torch.Tensor] = []
     real = branchwise._pack
 
@@ -109,23 +131,9 @@ def test_under_autocast_no_copy_of_a_weight_is_kept(monkeypatch: pytest.MonkeyPa
             kept.append(packed)
         return packed
 
-    lean = nest(resnet(20, num_classes=10, width=4), {}).to(memory_format=torch.channels_last).train()
-    plain = copy.deepcopy(lean)
-    x, target = torch.randn(6, 3, 16, 16), torch.arange(6)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    with autocast():
-        outputs = plain(x)
-    terms = EKD()(outputs, target)
-    sum(terms.values()).backward()
+    net = nest(resnet(20, num_classes=10, width=4), TABLES["chain"]).to(memory_format=torch.channels_last).train()
     monkeypatch.setattr(branchwise, "_pack", pack)
-    found, logits = branchwise_backward(lean, EKD(), x, target, autocast=autocast)
-    assert torch.equal(logits["full"], outputs["full"].logits)
-    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in terms.items()}
-    for (name, p), (_, q) in zip(lean.named_parameters(), plain.named_parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
-    shapes = {p.shape for p in lean.parameters() if p.ndim == 4}
+    branchwise_backward(net, EKD(), torch.randn(6, 3, 16, 16), torch.arange(6), autocast=autocast)
+    shapes = {p.shape for p in net.parameters() if p.ndim == 4}
     assert kept
     assert not [t for t in kept if t.dtype == torch.bfloat16 and t.shape in shapes]

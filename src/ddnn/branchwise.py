@@ -7,7 +7,7 @@ with the sum of their gradients. The full-net's branch goes first, because its o
 any moment is one path from the stem to a head, which is about what the full-net alone would hold.
 
 Under autocast what a convolution keeps for its backward includes its weights in 16 bits, which is half as much again as
-the weights themselves: here they are made again when they are needed.
+the weights themselves: from the second branch on they are made again when they are needed.
 
 The result is the same sum of the same gradients, added up in another order. Under the norm policy `shared`, whose
 running statistics depend on the order in which paths pass, these differ too.
@@ -74,15 +74,16 @@ def _terms_order(names: list[str], teacher: Output | None) -> list[str]:
 
 
 @contextmanager
-def _weights_kept_once() -> Iterator[None]:
-    """Keep no parameter's copy of another type, as autocast makes them; backward makes it again, bit for bit.
+def _weights_cast_anew(*, keep: bool) -> Iterator[None]:
+    """Leave no copies of parameters in autocast's cache, and, unless `keep`, none for backward, which makes them again.
 
-    Entered before autocast, so that hooks of a caller's own go on seeing what is saved: the innermost ones count.
+    Bit for bit. Entered before autocast, so that hooks of a caller's own go on seeing what is saved: the innermost ones
+    count.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with nullcontext() if keep else torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
         torch.set_autocast_cache_enabled(before)
@@ -125,7 +126,9 @@ class _Walk:
         in the `.grad` of `feature` and of `before`, where these are leaves that want one.
         """
         passed: dict[str, tuple[End, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
-        with _weights_kept_once(), self.autocast():
+        # The first branch is over before there are gradients: a network alone has room for copies then, too.
+        first = len(names) == 1 and not self.logits
+        with _weights_cast_anew(keep=first), self.autocast():
             if i == 0:
                 feature = self.net.stem(feature)
             while len({self._node(name, i) for name in names}) == 1 and i < len(self.paths[names[0]]):
@@ -170,7 +173,7 @@ class _Walk:
 
     def whole(self, name: str, x: Tensor) -> None:
         """Forward and backward of one net that has nothing in common with others."""
-        with _weights_kept_once(), self.autocast():
+        with _weights_cast_anew(keep=not self.logits), self.autocast():
             output = self.net.run_whole(name, x)
         self._backward(name, output)
 
