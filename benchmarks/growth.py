@@ -10,6 +10,7 @@ Let nothing else run meanwhile.
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import matplotlib
 import torch
 from step import machine, peak_bytes, stepping, warm_up
 
+from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, parameters, side_by_side
@@ -72,16 +74,15 @@ def measure(
     target = torch.randint(100, (batch,), device=device)
     objective = EKD()
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    halved = partial(autocast, net, device, bf16)
 
     def plain(of: DDNN) -> None:
-        with autocast():
+        with halved():
             outputs = of(x, energies=objective.attends(of.depths))
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
     def lean(of: DDNN) -> None:
-        branchwise_backward(of, objective, x, target, autocast=autocast)
+        branchwise_backward(of, objective, x, target, autocast=halved)
 
     calls = {"plain": stepping(net, plain), "lean": stepping(net, lean), "alone": stepping(alone, plain)}
     warm_up(calls.values())

@@ -3,10 +3,10 @@
     python benchmarks/roofline.py [--preset cifar-resnet8-14-20] [--precision bf16] [--json]
 
 The ceilings are measured here: a large matrix product, and every distinct convolution of the step by itself, forward
-and backward, again and again on the same tensors. A step that did nothing but its convolutions at that speed would
-take `convolutions_alone_s`. `tree_bound_in_time` is that over the same sum for the nets apart: what sharing leaves of
-the time, as `tree_bound` is what it leaves of the MACs. The rest of the table says what the step really spends its
-time on, by kind of operator, from torch's profiler. Let nothing else run meanwhile.
+and backward, the way the step makes it, again and again on the same tensors. A step that did nothing but its
+convolutions at that speed would take `convolutions_alone_s`. `tree_bound_in_time` is that over the same sum for the
+nets apart: what sharing leaves of the time, as `tree_bound` is what it leaves of the MACs. The rest of the table says
+what the step really spends its time on, by kind of operator, from torch's profiler. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from rich.table import Table
 from step import CASES, machine, set_up, stepping, warm_up
 from torch import Tensor, nn
 
+from ddnn.autocast import MatrixProducts, autocast
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side, tree_bound
 from ddnn.network import DDNN
@@ -31,7 +33,7 @@ KINDS = {
     "convolution backward": ("convolution_backward",),
     "convolution forward": ("mkldnn_convolution", "cudnn_convolution", "aten::_slow_conv", "thnn_conv"),
     "batch norm": ("batch_norm",),
-    "matrix products": ("aten::mm", "aten::addmm"),
+    "convolutions as matrix products, classifier": ("aten::mm", "aten::addmm", "aten::flip", "constant_pad"),
     "optimiser": ("_fused_sgd", "_fused_adam", "Optimizer."),
     "copies and casts": ("aten::copy_", "aten::_to_copy", "aten::fill_", "aten::zero_"),
     "activations, residual sums and their gradients": ("clamp_min", "threshold", "aten::add", "relu"),
@@ -72,7 +74,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
     objective = EKD()
 
     def backward(of: DDNN) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(of, device, bf16):
             outputs = of(x, energies=True)
         torch.stack(list(objective(outputs, target).values())).sum().backward()
 
@@ -145,24 +147,25 @@ def by_itself(convolution: Convolution, device: torch.device, bf16: bool) -> dic
         torch.randn(s, device=device)
         .to(torch.bfloat16 if bf16 else torch.float32)
         .to(memory_format=torch.channels_last)
+        .requires_grad_()
         for s in (shape, weight_shape)
     )
-    options = (list(stride), list(padding), [1, 1], False, [0, 0], groups)
-    output = torch.ops.aten.convolution(image, weight, None, *options)
-    gradient = torch.randn_like(output)
     wants_image = shape[1] != 3  # nothing needs the gradient of the images
-    forward = median_seconds(lambda: torch.ops.aten.convolution(image, weight, None, *options), device, 0.15)
-    back = median_seconds(
-        lambda: torch.ops.aten.convolution_backward(
-            gradient, image, weight, None, *options, [wants_image, True, False]
-        ),
-        device,
-        0.15,
-    )
+    wanted = [image, weight] if wants_image else [weight]
+    products = MatrixProducts if bf16 and device.type == "cpu" else nullcontext  # as in a step
+
+    def forward() -> Tensor:
+        return torch.conv2d(image, weight, None, stride, padding, 1, groups)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), products():
+        output = forward()
+        gradient = torch.randn_like(output)
+        ahead = median_seconds(forward, device, 0.15)
+    back = median_seconds(lambda: torch.autograd.grad(output, wanted, gradient, retain_graph=True), device, 0.15)
     operations = 2 * output.numel() * weight[0].numel()
     return {
-        "seconds": forward + back,
-        "forward_flops": operations / forward,
+        "seconds": ahead + back,
+        "forward_flops": operations / ahead,
         "backward_flops": (2 if wants_image else 1) * operations / back,
     }
 

@@ -15,11 +15,12 @@ lean_memory         peak memory of the lean EKD step / that of a step of the ful
                     optimiser state and everything allocated during the step
 lean_time           lean EKD step / plain EKD step
 subnet_over_library extracted sub-nets / the library's own networks, eager inference, batch 1, geometric mean
-compiled_over_eager joint EKD step with what `train.compile` compiles (attention terms; on a GPU the forward too) /
-                    without, after warm-up
+compiled_over_eager joint EKD step as `train.compile` has it / without, after warm-up
 compiled_ekd_over_joint
-                    the same step / joint step with cross-entropy only, not compiled
+                    the same step / joint step with cross-entropy only, compiled as well; with --compile-both only
 recompiles          compilations after warm-up
+
+The first time on a machine, compiling takes half a minute for the first preset, and one and four for the others.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,12 +41,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
+from ddnn.compiling import compiled
 from ddnn.device import keep_freed_memory, use_huge_pages
 from ddnn.evaluate import side_by_side, tree_bound
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
-from ddnn.network import DDNN, nest
+from ddnn.network import DDNN, Output, nest
 from ddnn.objective import EKD
 from ddnn.optimizer import make_optimizer
 from ddnn.recipe import Optim
@@ -70,15 +74,22 @@ def main() -> None:
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--seconds", type=float, default=25.0, help="to measure one preset for (default: 25)")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave compilation out, which on a GPU takes minutes for deep nets"
-    )
+    compiling = parser.add_mutually_exclusive_group()
+    compiling.add_argument("--no-compile", action="store_true", help="leave compilation out, which takes minutes")
+    compiling.add_argument("--compile-both", action="store_true", help="compile the joint step with cross-entropy too")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     results = {
-        name: measure(name, device, arguments.precision == "bf16", arguments.seconds, not arguments.no_compile)
+        name: measure(
+            name,
+            device,
+            arguments.precision == "bf16",
+            arguments.seconds,
+            compiling=not arguments.no_compile,
+            both=arguments.compile_both,
+        )
         for name in ([arguments.preset] if arguments.preset else CASES)
     }
     where = machine(device, arguments.precision)
@@ -133,37 +144,33 @@ def set_up(preset: str, device: torch.device) -> tuple[DDNN, Tensor, Tensor]:
 
 
 def measure(
-    preset: str, device: torch.device, bf16: bool, seconds: float, compiling: bool = True
+    preset: str, device: torch.device, bf16: bool, seconds: float, *, compiling: bool = True, both: bool = False
 ) -> dict[str, float | None]:
     case = CASES[preset]
     net, x, target = set_up(preset, device)
     ekd, joint = EKD(), EKD(kl=0.0, attention=0.0)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    halved = partial(autocast, net, device, bf16)
 
-    def plain(
-        objective: EKD, forward: Callable[..., object] | None = None, *, made: bool = True
-    ) -> Callable[[DDNN], None]:
+    def plain(objective: EKD, forward: Callable[..., dict[str, Output]] | None = None) -> Callable[[DDNN], None]:
         def backward(of: DDNN) -> None:
-            with autocast():
-                energies = made and objective.attends(of.depths)
-                outputs = (of if forward is None else forward)(x, energies=energies)  # type: ignore[operator]
-            torch.stack(list(objective(outputs, target).values())).sum().backward()  # type: ignore[arg-type]
+            with halved():
+                outputs = (of if forward is None else forward)(x, energies=objective.attends(of.depths))
+            torch.stack(list(objective(outputs, target).values())).sum().backward()
 
         return backward
 
     def loop(of: DDNN) -> None:
         for one in of.nets.values():
-            with autocast():
+            with halved():
                 logits = one(x)
             nn.functional.cross_entropy(logits.float(), target).backward()
 
     def lean(of: DDNN) -> None:
-        branchwise_backward(of, ekd, x, target, autocast=autocast)
+        branchwise_backward(of, ekd, x, target, autocast=halved)
 
     alone = {name: nest(net.subnet(name), {}, full_name=name).train() for name in net.depths}
-    compiled = copy.deepcopy(net)
+    torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     calls = {
         "ekd": stepping(copy.deepcopy(net), plain(ekd)),
@@ -172,11 +179,12 @@ def measure(
         "lean": stepping(copy.deepcopy(net), lean),
         **{f"alone {name}": stepping(one, plain(ekd)) for name, one in alone.items()},
     }
-    if compiling:
-        forward = torch.compile(compiled) if device.type == "cuda" else None  # as `train.compile` has it
-        calls["compiled"] = stepping(compiled, plain(EKD().compile(), forward, made=False))
+    for name in ("ekd", "joint") if both else ("ekd",) if compiling else ():
+        own = copy.deepcopy(net)
+        objective = EKD().compile() if name == "ekd" else joint
+        calls[f"compiled {name}"] = step = stepping(own, plain(objective, compiled(own, device)))
         for _ in range(3):
-            calls["compiled"]()
+            step()
     warm_up(calls.values())
     before = counters["stats"]["unique_graphs"]
     times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
@@ -192,8 +200,8 @@ def measure(
         / peak_bytes(alone[net.full_name], calls[f"alone {net.full_name}"], device),
         "lean_time": times["lean"] / times["ekd"],
         "subnet_over_library": subnet_over_library(preset, net, case.size, device),
-        "compiled_over_eager": times["compiled"] / times["ekd"] if compiling else None,
-        "compiled_ekd_over_joint": times["compiled"] / times["joint"] if compiling else None,
+        "compiled_over_eager": times["compiled ekd"] / times["ekd"] if compiling else None,
+        "compiled_ekd_over_joint": times["compiled ekd"] / times["compiled joint"] if both else None,
         "recompiles": counters["stats"]["unique_graphs"] - before if compiling else None,
     }
 
