@@ -57,6 +57,36 @@ def test_products_are_the_convolution_and_its_gradients(name: str, layout: torch
     theirs = made(lambda x, w: torch.conv2d(x, w, None, s, p), x, w)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert ours[0].is_contiguous() == theirs[0].is_contiguous(), "what comes next may count on it"
+
+
+def test_they_can_be_differentiated_twice_and_by_transforms() -> None:
+    x, w = drawn(1, 32, 2, 2).requires_grad_(), drawn(32, 32, 3, 3).requires_grad_()
+
+    def penalty(convolution: object) -> list[Tensor]:
+        y = convolution(x, w).tanh()  # type: ignore[operator]
+        gradients = torch.autograd.grad(y.sum(), (x, w), create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w)))
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return Convolution.apply(x, w, (1, 1), (1, 1))  # type: ignore[no-any-return]
+
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return torch.conv2d(x, w, None, 1, 1)
+
+    for a, b in zip(penalty(ours), penalty(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    found, expected = (torch.func.grad(lambda w, c=c: c(x, w).square().sum())(w) for c in (ours, theirs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_wrong_is_said_by_the_library() -> None:
+    x = drawn(2, 3, 2, 2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), MatrixProducts():
+        with pytest.raises(RuntimeError, match="to have 64 channels"):
+            torch.conv2d(x, drawn(256, 64, 1, 1, dtype=torch.float32))
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            torch.conv2d(x, drawn(256, 3, 5, 5, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", [name for name, (_, parts) in CASES.items() if any(parts)])
@@ -111,6 +141,14 @@ def test_a_weight_is_halved_once_and_its_gradient_is_not_lost() -> None:
     (twice,) = torch.autograd.grad((first + second).sum(), w)
     assert once.dtype == torch.float32
     assert torch.equal(twice, 2 * once)
+
+
+def test_a_frozen_weight_is_halved_anew_as_autocast_does() -> None:
+    x, w = drawn(1, 64, 2, 2, dtype=torch.float32), drawn(64, 64, 3, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), MatrixProducts():
+        before = torch.conv2d(x, w, padding=1)
+        w.mul_(2)
+        assert torch.equal(torch.conv2d(x, w, padding=1), 2 * before)
 
 
 def wide() -> DDNN:

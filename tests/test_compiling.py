@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddnn import compiling
+from ddnn.autocast import autocast
 from ddnn.compiling import batch_norm, batch_norm_backward, compiled, threshold_backward
 from ddnn.errors import RunError
 from ddnn.families.cifar_resnet import resnet
@@ -122,3 +123,24 @@ def test_graphs_compiled_with_other_formulas_are_not_taken(monkeypatch: pytest.M
         torch._dynamo.reset()
         compiled(net, CPU)(x).sum().backward()
     assert calls
+
+
+@pytest.mark.slow
+def test_products_are_compiled_as_one_graph_however_often_it_is_called() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(64, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 9, 1))
+    net, x = nn.Sequential(*layers).to(memory_format=torch.channels_last), drawn(8, 64, 2, 2).float()
+    found = []
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for own in (net, copy.deepcopy(net)):
+        forward = compiled(own, CPU) if own is not net else own
+        with autocast(own, CPU):
+            y = forward(x) + forward(x)
+        y.float().square().mean().backward()
+        found.append([y, *(p.grad for p in own.parameters())])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.02)

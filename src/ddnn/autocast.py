@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 FEW = 4096
@@ -92,8 +91,9 @@ class MatrixProducts(TorchFunctionMode):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
     def half(self, weight: Tensor) -> Tensor:
-        """The weight in 16 bits, kept as long as autocast would keep it."""
-        if not torch.is_autocast_cache_enabled():
+        """The weight in 16 bits; kept where autocast would keep it. A compiler merges equal casts by itself."""
+        keeps = weight.is_leaf and weight.requires_grad and torch.is_autocast_cache_enabled()
+        if not keeps or torch.compiler.is_compiling():
             return weight.to(torch.bfloat16)
         key = (weight, torch.is_grad_enabled())
         if key not in self.halved:
@@ -105,18 +105,22 @@ class Convolution(torch.autograd.Function):
     """A convolution [N, C, H, W] with weights [D, C, h, w], whose parts are matrix products where that is faster."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    def forward(image: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
         """To a map [N, D, H', W']."""
-        ctx.save_for_backward(image, weight)
-        ctx.stride, ctx.padding = stride, padding
-        ctx.forward_, ctx.of_image, ctx.of_weight = _as_products(image.shape, weight.shape, stride, padding)
-        if not ctx.forward_:
+        if not _as_products(image.shape, weight.shape, stride, padding)[0]:
             return torch.conv2d(image, weight, None, stride, padding)
         size = _size(image.shape, weight.shape, stride, padding)
-        return _map(_windows(image, _kernel(weight.shape), stride, padding) @ _rows(weight).t(), len(image), size)
+        y = _map(_windows(image, _kernel(weight.shape), stride, padding) @ _rows(weight).t(), len(image), size)
+        return y if _channels_last(image) or _channels_last(weight) else y.contiguous()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Pair, Pair], output: Tensor) -> None:
+        """Keep what backward needs."""
+        image, weight, ctx.stride, ctx.padding = inputs
+        ctx.save_for_backward(image, weight)
+        _, ctx.of_image, ctx.of_weight = _as_products(image.shape, weight.shape, ctx.stride, ctx.padding)
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """To those of image and weight."""
         (gradient,) = gradients
@@ -146,6 +150,8 @@ class Convolution(torch.autograd.Function):
 def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[bool, bool, bool]:
     """Whether the convolution, the gradient of its image and that of its weights are faster as matrix products."""
     high, wide = _size(image, weight, stride, padding)
+    if min(high, wide) < 1 or image[1] != weight[1]:  # the library says what is wrong
+        return False, False, False
     positions, kernel = image[0] * high * wide, _kernel(weight)
     # of a larger stride, windows of the gradient would be mostly zeros; more padding than kernel has no windows
     turns = stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]
@@ -186,6 +192,10 @@ def _size(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) ->
     """Height and width of what comes out."""
     high, wide = ((image[2 + i] + 2 * padding[i] - weight[2 + i]) // stride[i] + 1 for i in (0, 1))
     return high, wide
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _kernel(weight: torch.Size) -> Pair:

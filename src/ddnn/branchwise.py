@@ -7,7 +7,7 @@ with the sum of their gradients. The full-net's branch goes first, because its o
 any moment is one path from the stem to a head, which is about what the full-net alone would hold.
 
 Under autocast what a convolution keeps for its backward includes its weights in 16 bits, which is half as much again as
-the weights themselves: from the second branch on they are made again when they are needed.
+the weights themselves: but for what the full-net has to itself they are made again when they are needed.
 
 The result is the same sum of the same gradients, added up in another order. Under the norm policy `shared`, whose
 running statistics depend on the order in which paths pass, these differ too.
@@ -126,7 +126,7 @@ class _Walk:
         in the `.grad` of `feature` and of `before`, where these are leaves that want one.
         """
         passed: dict[str, tuple[End, ...]] = dict.fromkeys(names, ())  # stages that end in this piece
-        # The first branch is over before there are gradients: a network alone has room for copies then, too.
+        # The first piece that goes backward does so while there are no other gradients, and has room for copies.
         first = len(names) == 1 and not self.logits
         with _weights_cast_anew(keep=first), self.autocast():
             if i == 0:

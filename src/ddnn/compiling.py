@@ -134,7 +134,7 @@ def batch_norm_backward(
 
 
 def threshold_backward(gradient: Tensor, y: Tensor, threshold: float) -> Any:
-    """Of ReLU, from its output: the gradient where that is above 0."""
+    """Of ReLU, from its output: the gradient where that is above 0. One that is not finite may become NaN elsewhere."""
     if threshold != 0:
         return NotImplemented
     return (gradient.to(precise(gradient)) * y.to(precise(y)).sign().clamp_min(0)).to(gradient.dtype)
