@@ -73,7 +73,6 @@ def measure(
     x = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     target = torch.randint(100, (batch,), device=device)
     objective = EKD()
-
     halved = partial(autocast, net, device, bf16)
 
     def plain(of: DDNN) -> None:

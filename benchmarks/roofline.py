@@ -14,7 +14,6 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from rich.table import Table
 from step import CASES, machine, set_up, stepping, warm_up
 from torch import Tensor, nn
 
-from ddnn.autocast import MatrixProducts, autocast
+from ddnn.autocast import autocast
 from ddnn.device import keep_freed_memory
 from ddnn.evaluate import macs, side_by_side, tree_bound
 from ddnn.network import DDNN
@@ -83,7 +82,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
     seconds = median_seconds(step, device)
     operations = 2 * 3 * macs(net, case.size) * case.batch
     calls = convolutions_of(net, x)
-    found = {one: by_itself(one, device, bf16) for one in calls}
+    found = {one: by_itself(one, net, device, bf16) for one in calls}
     alone = sum(count * found[one]["seconds"] for one, count in calls.items())
     apart = sum(
         count * found[one]["seconds"] for sub in net.nets.values() for one, count in convolutions_of(sub, x).items()
@@ -140,8 +139,8 @@ def convolutions_of(net: nn.Module, x: Tensor) -> Counter[Convolution]:
     return calls
 
 
-def by_itself(convolution: Convolution, device: torch.device, bf16: bool) -> dict[str, float]:
-    """Seconds forward and backward, again and again on the same tensors, and the speeds that these are."""
+def by_itself(convolution: Convolution, net: nn.Module, device: torch.device, bf16: bool) -> dict[str, float]:
+    """Seconds forward and backward, as the net makes it, again and again on the same tensors; and the speeds."""
     shape, weight_shape, stride, padding, groups = convolution
     image, weight = (
         torch.randn(s, device=device)
@@ -152,12 +151,11 @@ def by_itself(convolution: Convolution, device: torch.device, bf16: bool) -> dic
     )
     wants_image = shape[1] != 3  # nothing needs the gradient of the images
     wanted = [image, weight] if wants_image else [weight]
-    products = MatrixProducts if bf16 and device.type == "cpu" else nullcontext  # as in a step
 
     def forward() -> Tensor:
         return torch.conv2d(image, weight, None, stride, padding, 1, groups)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), products():
+    with autocast(net, device, bf16):
         output = forward()
         gradient = torch.randn_like(output)
         ahead = median_seconds(forward, device, 0.15)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ddnn.energy import channels_last
+
 FEW = 4096
 """Positions, of all images of a batch together, up to which a convolution of 1 x 1 is better off as a product."""
 COPIED = 2
@@ -111,7 +113,7 @@ class Convolution(torch.autograd.Function):
             return torch.conv2d(image, weight, None, stride, padding)
         size = _size(image.shape, weight.shape, stride, padding)
         y = _map(_windows(image, _kernel(weight.shape), stride, padding) @ _rows(weight).t(), len(image), size)
-        return y if _channels_last(image) or _channels_last(weight) else y.contiguous()
+        return y if channels_last(image) or channels_last(weight) else y.contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Pair, Pair], output: Tensor) -> None:
@@ -126,16 +128,16 @@ class Convolution(torch.autograd.Function):
         (gradient,) = gradients
         image, weight = ctx.saved_tensors
         wants_image, wants_weight, *_ = ctx.needs_input_grad
-        (high, wide), channels = _kernel(weight.shape), image.shape[1]
+        kernel, channels = _kernel(weight.shape), image.shape[1]
         of_image = of_weight = None
         if wants_weight and ctx.of_weight:
-            windows = _windows(image, (high, wide), ctx.stride, ctx.padding)
+            windows = _windows(image, kernel, ctx.stride, ctx.padding)
             by_channel = gradient.permute(0, 2, 3, 1).flatten(0, 2).t()
-            of_weight = _map(by_channel @ windows, len(weight), (high, wide))
+            of_weight = _map(by_channel @ windows, len(weight), kernel)
         if wants_image and ctx.of_image:
             # at every position of the image, what its part in the outputs around it was multiplied by
-            around = (high - 1 - ctx.padding[0], wide - 1 - ctx.padding[1])
-            windows = _windows(gradient, (high, wide), (1, 1), around, turned=True)
+            around = (kernel[0] - 1 - ctx.padding[0], kernel[1] - 1 - ctx.padding[1])
+            windows = _windows(gradient, kernel, (1, 1), around, turned=True)
             of_image = _map(
                 windows @ weight.permute(2, 3, 0, 1).reshape(-1, channels), len(image), tuple(image.shape[2:])
             )
@@ -150,18 +152,18 @@ class Convolution(torch.autograd.Function):
 def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[bool, bool, bool]:
     """Whether the convolution, the gradient of its image and that of its weights are faster as matrix products."""
     high, wide = _size(image, weight, stride, padding)
-    if min(high, wide) < 1 or image[1] != weight[1]:  # the library says what is wrong
+    if min(image[0], high, wide) < 1 or image[1] != weight[1]:  # the library says what is wrong, if anything is
         return False, False, False
     positions, kernel = image[0] * high * wide, _kernel(weight)
     # of a larger stride, windows of the gradient would be mostly zeros; more padding than kernel has no windows
     turns = stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]
     if kernel == (1, 1) and padding == (0, 0):
-        few = 0 < positions <= FEW
+        few = positions <= FEW
         return few, few and turns, few
     return (
-        0 < COPIED * positions <= weight[0],
-        0 < COPIED * positions <= weight[1] and turns,
-        0 < positions <= COPIED_FOR_WEIGHTS * weight[0],
+        COPIED * positions <= weight[0],
+        COPIED * positions <= weight[1] and turns,
+        positions <= COPIED_FOR_WEIGHTS * weight[0],
     )
 
 
@@ -192,10 +194,6 @@ def _size(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) ->
     """Height and width of what comes out."""
     high, wide = ((image[2 + i] + 2 * padding[i] - weight[2 + i]) // stride[i] + 1 for i in (0, 1))
     return high, wide
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _kernel(weight: torch.Size) -> Pair:

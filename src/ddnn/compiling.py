@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Formula)
 
 
 def compiled(forward: F, device: torch.device) -> F:
-    """`forward`, compiled at its first call, which takes from half a minute (20 layers) to minutes.
+    """`forward`, compiled at its first call, which takes from 45 s (ResNet-8/14/20) to minutes.
 
     The same within rounding. On a CPU it is compiled anew for inputs of another shape. Raises `RunError` where a CPU
     has no C++ compiler.

@@ -3,6 +3,7 @@
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import TypedDict
 
 import torch
@@ -42,11 +43,13 @@ def step_cost(
     """Measure on copies; `net` is left as it is. Times are medians of steps taken in turns."""
 
     def step(of: DDNN) -> Callable[[], None]:
+        halved = partial(autocast, of, x.device, bf16)
+
         def run() -> None:
             if lean:
-                branchwise_backward(of, objective, x, target, autocast=lambda: autocast(of, x.device, bf16))
+                branchwise_backward(of, objective, x, target, autocast=halved)
             else:
-                with autocast(of, x.device, bf16):
+                with halved():
                     outputs = of(x, energies=objective.attends(of.depths))
                 torch.stack(list(objective(outputs, target).values())).sum().backward()
             of.zero_grad()

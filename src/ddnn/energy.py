@@ -50,14 +50,15 @@ def _factor(feature: Tensor, gradient: Tensor) -> Tensor:
     """By what the feature is multiplied to have its gradient, from that of its energy."""
     n, c, h, w = feature.shape
     factor = (2 * gradient).to(feature.dtype).view(n, 1, h, w)
-    if feature.device.type == "cpu" and c * feature.element_size() < VECTOR_BYTES and _channels_last(feature):
+    if feature.device.type == "cpu" and c * feature.element_size() < VECTOR_BYTES and channels_last(feature):
         # repeated while they multiply, factors of so few neighbours take five times as long as repeated before
         return factor.expand_as(feature).contiguous(memory_format=torch.channels_last)
     return factor
 
 
-def _channels_last(feature: Tensor) -> bool:
-    return feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
+def channels_last(x: Tensor) -> bool:
+    """Whether a map [N, C, H, W] lies in memory with its channels next to each other, and not in order."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class _Energy(torch.autograd.Function):

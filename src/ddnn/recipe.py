@@ -259,7 +259,7 @@ class Train(Section):
     """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False
     """`torch.compile` of the forward, which `lean` does without, and of the attention terms. On a CPU a step then takes
-    a sixth to a third less, after half a minute (20 layers) to minutes of compiling, for which it needs g++."""
+    a sixth to a third less, after 45 s (ResNet-8/14/20) to minutes of compiling, for which it needs g++."""
     lean: bool = False
     """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0
