@@ -69,8 +69,10 @@ CASES = {
 }
 
 
-def main() -> None:
+def parsed(given: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line, or those given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(compiling=("ekd",))
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--seconds", type=float, default=25.0, help="to measure one preset for (default: 25)")
@@ -83,11 +85,14 @@ def main() -> None:
         dest="compiling",
         action="store_const",
         const=("ekd", "joint"),
-        default=("ekd",),
         help="compile the joint step with cross-entropy only, too",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    arguments = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    arguments = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     results = {
