@@ -1,6 +1,6 @@
 """What it takes to hold a bundle in memory: one depth, all depths, several processes; with and without shared weights.
 
-    python benchmarks/memory.py BUNDLE [--workers 4]
+    python benchmarks/memory.py BUNDLE [--workers 4] [--json]
 
 Every line is a set of processes that have loaded their depths, run a batch each, and live at the same time. `resident`
 counts a page in every process that has it, `proportional` (PSS) divides it among them; both are sums over the
@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -39,6 +40,10 @@ sys.stdin.readline()
 """
 
 
+COLUMNS = {"resident": "Rss", "proportional": "Pss", "own": "Anonymous"}
+"""What is printed, and what the system calls it."""
+
+
 def measured(count: int, *asked: object) -> dict[str, float]:
     """Sums over `count` processes that all live."""
     command = [sys.executable, "-c", WORKER, json.dumps(asked)]
@@ -56,7 +61,7 @@ def measured(count: int, *asked: object) -> dict[str, float]:
         lines.append(json.loads(worker.stdout.readline()))
     for worker in workers:
         worker.communicate("\n")
-    return {key: sum(line[key] for line in lines) for key in ("Rss", "Pss", "Anonymous")}
+    return {key: sum(line[key] for line in lines) for key in COLUMNS.values()}
 
 
 def time_ratios(bundle: str, batch: int) -> dict[str, float]:
@@ -78,12 +83,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     import ddnn
+    from ddnn.runtime.machine import this_machine
 
     names = list(ddnn.load(arguments.bundle).depths)
     ddnn.load(arguments.bundle, shared=True)  # makes the copy
-    print(f"{'':44} resident  proportional  own")
+    lines = {}
     for count in (1, arguments.workers):
         nothing = measured(count, None, None, False, False)
         for what, only, cascade in [
@@ -93,12 +100,18 @@ def main() -> None:
         ]:
             for shared in (False, True):
                 found = measured(count, arguments.bundle, only, shared, cascade)
-                rest = [found[key] - nothing[key] for key in ("Rss", "Pss", "Anonymous")]
                 label = f"{count} process{'es' if count > 1 else ''}, {what}{', shared' if shared else ''}"
-                print(f"{label:48} {rest[0]:6.0f} {rest[1]:9.0f} {rest[2]:7.0f}")
-    for batch in (1, 8):
-        ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in time_ratios(arguments.bundle, batch).items())
-        print(f"time with shared weights, relative to without, batch {batch}: {ratios}")
+                lines[label] = {key: round(found[kept] - nothing[kept], 1) for key, kept in COLUMNS.items()}
+    shared_time = {f"batch {batch}": time_ratios(arguments.bundle, batch) for batch in (1, 8)}
+    if arguments.json:
+        print(json.dumps({"mib": lines, "shared_time": shared_time, "machine": asdict(this_machine())}, indent=2))
+        return
+    print(f"{'MiB':48}" + "".join(f"{key:>14}" for key in COLUMNS))
+    for label, row in lines.items():
+        print(f"{label:48}" + "".join(f"{value:14.0f}" for value in row.values()))
+    for batch, ratios in shared_time.items():
+        said = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+        print(f"time with shared weights, relative to without, {batch}: {said}")
 
 
 if __name__ == "__main__":

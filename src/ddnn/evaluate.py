@@ -1,6 +1,7 @@
 """Measure networks: accuracy, parameters, multiply-accumulates (MACs), latency."""
 
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -136,7 +137,8 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of each call, measured in turns so that a change of the machine's speed meets them all.
 
-    At least three rounds, then until `budget_s` seconds are spent or there are 50.
+    At least three rounds, then until `budget_s` seconds are spent or there are 50. Each round has an order of its own:
+    what a call finds in caches and in freed memory depends on which one was before it.
     """
 
     def timed(call: Callable[[], object]) -> float:
@@ -153,9 +155,10 @@ def side_by_side(
             timed(call)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s
+    chance = random.Random(0)
     for rounds in range(50):
         if rounds >= 3 and time.perf_counter() > end:
             break
-        for name, call in calls.items():
-            seconds[name].append(timed(call))
+        for name in chance.sample(list(calls), len(calls)):
+            seconds[name].append(timed(calls[name]))
     return seconds
