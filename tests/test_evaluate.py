@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from ddnn.cost import step_cost
-from ddnn.evaluate import accuracy, hits, latency_ms, macs, parameters
+from ddnn.evaluate import accuracy, hits, latency_ms, macs, parameters, side_by_side
 from ddnn.families import build
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -57,6 +57,16 @@ def test_accuracy_counts_every_image_once_and_leaves_the_mode() -> None:
         right = sum(int(output.logits[i].argmax()) == int(target[i]) for i in range(11))
         among = sum(int(target[i]) in output.logits[i].topk(5).indices.tolist() for i in range(11))
         assert measured[name] == {"top1": right / 11, "top5": among / 11}
+
+
+def test_calls_take_turns_and_none_always_follows_the_same() -> None:
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    seconds = side_by_side(calls, torch.device("cpu"), budget_s=30.0, warmup=1)
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 50)
+    rounds = ["".join(called[i : i + 3]) for i in range(3, len(called), 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) == 6
 
 
 def test_latency_is_measured_for_every_net() -> None:
