@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    found = {run.name: shares(run) for run in wanted.runs if (run / "metrics.jsonl").exists()}
+    found = {str(run): shares(run) for run in wanted.runs if (run / "metrics.jsonl").exists()}
+    if not found:
+        parser.error("none of these is a run folder that has a metrics.jsonl")
     if wanted.json:
         print(json.dumps(found, indent=2))
         return

@@ -43,8 +43,9 @@ from torch import Tensor, nn
 
 from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
-from ddnn.compiling import compiled
+from ddnn.compiling import check_compiler, compiled
 from ddnn.device import keep_freed_memory, use_huge_pages
+from ddnn.errors import RunError
 from ddnn.evaluate import side_by_side, tree_bound
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
@@ -82,7 +83,11 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     )
     compiling = parser.add_mutually_exclusive_group()
     compiling.add_argument(
-        "--no-compile", dest="compiling", action="store_const", const=(), help="compile nothing, which takes minutes"
+        "--no-compile",
+        dest="compiling",
+        action="store_const",
+        const=(),
+        help="leave out the compiled steps: compiling takes minutes",
     )
     compiling.add_argument(
         "--compile-both",
@@ -98,6 +103,11 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.compiling:
+        try:
+            check_compiler(device)
+        except RunError:
+            sys.exit("error: the compiled steps need a C++ compiler; install g++, or leave them out with --no-compile")
     keep_freed_memory()
     results = {
         name: measure(

@@ -87,6 +87,15 @@ def test_what_is_wrong_is_said_by_the_library() -> None:
             torch.conv2d(x, drawn(256, 64, 1, 1, dtype=torch.float32))
         with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
             torch.conv2d(x, drawn(256, 3, 5, 5, dtype=torch.float32))
+        weight = drawn(256, 3, 1, 1, dtype=torch.float32)
+        with pytest.raises(RuntimeError, match="negative padding"):
+            torch.conv2d(x, weight, padding=-1)
+        with pytest.raises(RuntimeError, match="stride"):
+            torch.conv2d(x, weight, stride=0)
+        with pytest.raises(RuntimeError, match="to match the convolution dimensions"):
+            torch.conv2d(x, weight[0])
+        with pytest.raises(RuntimeError, match="type"):
+            torch.conv2d(x, weight.double())
 
 
 @pytest.mark.parametrize("name", [name for name, (_, parts) in CASES.items() if any(parts)])

@@ -8,6 +8,7 @@ import torch
 
 from ddnn import branchwise
 from ddnn.branchwise import branchwise_backward
+from ddnn.errors import NestingError
 from ddnn.families import build
 from ddnn.families.cifar_resnet import resnet
 from ddnn.network import DDNN, nest
@@ -25,6 +26,13 @@ TABLES = {
 def make(table: dict[str, tuple[int, ...]], head: str = "shared") -> DDNN:
     torch.manual_seed(0)
     return nest(resnet(20, num_classes=10, width=4), table, head=head).double().train()
+
+
+def test_nets_that_are_not_there_are_named() -> None:
+    with pytest.raises(NestingError, match="huge"):
+        branchwise_backward(
+            make(TABLES["chain"]), EKD(), torch.randn(6, 3, 16, 16), torch.arange(6), only=["huge", "b"]
+        )
 
 
 @pytest.mark.parametrize("labels", ["all", "full-net"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddnn import compiling
 from ddnn.autocast import autocast
-from ddnn.compiling import batch_norm, batch_norm_backward, compiled, threshold_backward
+from ddnn.compiling import batch_norm, batch_norm_backward, check_compiler, compiled, threshold_backward
 from ddnn.errors import RunError
 from ddnn.families.cifar_resnet import resnet
 from ddnn.network import nest
@@ -83,6 +83,8 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(RunError, match=r"needs a C\+\+ compiler .* install g\+\+"):
         compiled(nn.Identity(), CPU)
+    with pytest.raises(RunError, match="needs a C"):
+        check_compiler(CPU)
 
 
 @pytest.mark.slow

@@ -747,6 +747,8 @@ def test_grey_alpha_palette_and_deep_images_become_rgb(tmp_path: Path) -> None:
     assert of("bits.png", lambda p: write(p, 1, mode="1")) == [255, 255, 255]
     assert of("deep.png", lambda p: write(p, 200 * 256 + 3, mode="I;16")) == [200, 200, 200]
     assert of("deep.tif", lambda p: write(p, 50 * 256, mode="I;16")) == [50, 50, 50]
+    with pytest.raises(DataError, match="pixels are 32-bit integers without a known range; store 8 or 16 bits"):
+        of("integers.tif", lambda p: write(p, 77, mode="I"))
     assert of("cmyk.tif", lambda p: write(p, (0, 255, 255, 0), mode="CMYK")) == [255, 0, 0]
 
 

@@ -420,7 +420,7 @@ def test_a_curve_is_kept_with_its_bundle_and_machine(bundle: Path, measured: Cur
 def test_too_few_images_are_refused(bundle: Path, photos: Path) -> None:
     model = ddnn.load(bundle)
     held = heldout.read(photos / "held.npz", model.manifest, 18)
-    with pytest.raises(RequestError, match="9 images are too few for thresholds to be chosen"):
+    with pytest.raises(RequestError, match="9 held-out images for thresholds to be chosen are too few"):
         tuning.measure(model, *held.halves(), [1], seconds=0)
     held = heldout.read(photos / "held.npz", model.manifest, 40)
     with pytest.raises(RequestError, match="batch sizes must be from 1 to the 20 images"):

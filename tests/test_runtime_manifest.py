@@ -59,7 +59,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no graph": (lambda b: (b / "large.onnx").unlink(), "large.onnx is missing"),
     "no cascade graph": (lambda b: (b / "large.cascade.onnx").unlink(), "large.cascade.onnx is missing"),
     "a link": (linked, "weights.bin is a link"),
-    "a folder": (lambda b: ((b / "large.onnx").unlink(), (b / "large.onnx").mkdir()), "cannot read .*large.onnx"),
+    "a folder": (
+        lambda b: ((b / "large.onnx").unlink(), (b / "large.onnx").mkdir()),
+        "large.onnx is no file; copy the bundle again",
+    ),
+    "a pipe": (lambda b: ((b / "large.onnx").unlink(), os.mkfifo(b / "large.onnx")), "large.onnx is no file"),
+    "a pipe for a manifest": (
+        lambda b: ((b / "manifest.json").unlink(), os.mkfifo(b / "manifest.json")),
+        "manifest.json is no file",
+    ),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "is no bundle: it has no manifest.json; make one with"),
     "half a manifest": (
         lambda b: os.truncate(b / "manifest.json", 300),

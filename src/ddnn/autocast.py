@@ -20,9 +20,11 @@ from ddnn.energy import channels_last
 FEW = 4096
 """Positions, of all images of a batch together, up to which a convolution of 1 x 1 is better off as a product."""
 COPIED = 2
-"""Of larger kernels the windows have to be copied. It pays up to one position for this many output channels ..."""
+"""Of larger kernels the windows have to be copied. It pays up to one position for this many channels of what is made,
+which are the outputs', or for the gradient of the image its own ..."""
 COPIED_FOR_WEIGHTS = 8
-"""... and for the gradient of the weights, with which the library is slower, up to this many positions for each."""
+"""... and for the gradient of the weights, with which the library is slower, up to this many positions for each output
+channel."""
 
 WIDE = 128
 """Channels of an output with less than which a network has nothing to gain."""
@@ -85,7 +87,7 @@ class MatrixProducts(TorchFunctionMode):
     ) -> Tensor:
         """`torch.conv2d`."""
         plain = bias is None and groups == 1 and _pair(dilation) == (1, 1) and input.ndim == 4
-        if plain and _halves(input) and not isinstance(padding, str):
+        if plain and _halves(input) and _halves(weight) and not isinstance(padding, str):
             strides, pads = _pair(stride), _pair(padding)
             if any(_as_products(input.shape, weight.shape, strides, pads)):
                 made: Tensor = Convolution.apply(input.to(torch.bfloat16), self.half(weight), strides, pads)
@@ -151,8 +153,11 @@ class Convolution(torch.autograd.Function):
 
 def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[bool, bool, bool]:
     """Whether the convolution, the gradient of its image and that of its weights are faster as matrix products."""
+    # whatever the library would refuse is left to it, to say what is wrong
+    if len(weight) != 4 or min(image[1], *stride) < 1 or min(padding) < 0:
+        return False, False, False
     high, wide = _size(image, weight, stride, padding)
-    if min(image[0], high, wide) < 1 or image[1] != weight[1]:  # the library says what is wrong, if anything is
+    if min(image[0], high, wide) < 1 or image[1] != weight[1]:
         return False, False, False
     positions, kernel = image[0] * high * wide, _kernel(weight)
     # of a larger stride, windows of the gradient would be mostly zeros; more padding than kernel has no windows

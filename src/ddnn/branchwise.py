@@ -6,8 +6,8 @@ forward and backward by itself, as long as what it has in common with others is 
 with the sum of their gradients. The full-net's branch goes first, because its output teaches the rest. What is held at
 any moment is one path from the stem to a head, which is about what the full-net alone would hold.
 
-Under autocast what a convolution keeps for its backward includes its weights in 16 bits, which is half as much again as
-the weights themselves: but for what the full-net has to itself they are made again when they are needed.
+Under autocast a convolution would keep a copy of its weights in 16 bits for its backward, half their size again. Only
+the branch of the full-net, which goes first, keeps them; in all others backward casts the weights again.
 
 The result is the same sum of the same gradients, added up in another order. Under the norm policy `shared`, whose
 running statistics depend on the order in which paths pass, these differ too.
@@ -52,8 +52,7 @@ def branchwise_backward(
     `only` names the nets to run, by default all. `autocast()` is entered around every piece of forward. Saved-tensor
     hooks of the caller's own belong into it: from outside of this call they would see nothing.
     """
-    wanted = set(net.depths if only is None else only)
-    names = [name for name in reversed(net.depths) if name in wanted]  # the full-net first
+    names = net.chosen(only)[::-1]  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
     energies = objective.attends(reversed(names), taught=teacher is not None)
     walk = _Walk(net, paths, objective, target, teacher, scale, autocast, energies)

@@ -33,8 +33,16 @@ def compiled(forward: F, device: torch.device) -> F:
     The same within rounding. On a CPU it is compiled anew for inputs of another shape. Raises `RunError` where a CPU
     has no C++ compiler.
     """
+    check_compiler(device)
     if device.type != "cpu":
         return cast(F, torch.compile(forward))
+    return cast(F, torch.compile(forward, backend=_for_cpu, dynamic=False))
+
+
+def check_compiler(device: torch.device) -> None:
+    """`RunError` where a CPU has no C++ compiler."""
+    if device.type != "cpu":
+        return
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -46,7 +54,6 @@ def compiled(forward: F, device: torch.device) -> F:
             "train.compile=true needs a C++ compiler to compile for a CPU, and none was found; install g++, name one "
             "in the environment variable CXX, or leave train.compile=false"
         ) from None
-    return cast(F, torch.compile(forward, backend=_for_cpu, dynamic=False))
 
 
 def _for_cpu(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:

@@ -102,14 +102,18 @@ class DDNN(nn.Module):
         """Why the nets run whole, sharing weights but no work; None if they don't."""
         return self.anatomies[self.full_name].family.whole
 
+    def chosen(self, only: Iterable[str] | None) -> list[str]:
+        """The nets of these names, shallow to deep; all of them for None. Raises `NestingError` for other names."""
+        wanted = set(self.depths if only is None else map(self._known, only))
+        return [name for name in self.depths if name in wanted]
+
     def forward(self, x: Tensor, only: Iterable[str] | None = None, *, energies: bool = False) -> dict[str, Output]:
         """Run the tree of paths on images [N, C, H, W].
 
         With `energies`, outputs have those of their features as well. An objective with attention terms makes them
         itself where they are missing; made here they cost less, forward and backward. See `ddnn.energy`.
         """
-        wanted = set(self.depths if only is None else map(self._known, only))
-        names = [name for name in self.depths if name in wanted]
+        names = self.chosen(only)
         if self.whole:
             outputs = {name: self.run_whole(name, x) for name in names}
             return {name: output.with_energies() for name, output in outputs.items()} if energies else outputs

@@ -45,6 +45,8 @@ def rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" and image.format == "TIFF":  # of PNG and PPM this mode means 16 bits
+        raise UnreadableError("pixels are 32-bit integers without a known range; store 8 or 16 bits")
     if image.mode.startswith("I"):  # PIL's own conversion clips at 255, which turns most pixels white
         grey = np.asarray(image).clip(0, 65535) // 256
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddnn.autocast import autocast
 from ddnn.build import make_objective
-from ddnn.compiling import compiled
+from ddnn.compiling import check_compiler, compiled
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
@@ -123,6 +123,7 @@ class State:
         forward = net if lean or processes.count == 1 else processes.wrap(net)
         objective = make_objective(recipe, list(net.depths))
         if recipe.train.compile:
+            check_compiler(device)
             objective.compile()
         optimizer = make_optimizer(net, recipe.optim)
         average = get_ema_multi_avg_fn(recipe.train.ema)

@@ -86,9 +86,10 @@ def cascade(
         if accuracy is not None or latency_ms is not None:
             measured = curves.choose(measured, accuracy=accuracy, latency_ms=latency_ms)
     except BudgetError as error:  # the curve is worth keeping all the same
-        unmet = error
+        unmet = BudgetError(f"{error}; what is kept, and what `predict --cascade` takes, is for {measured.wanted}")
     if as_json:
-        print(json.dumps(asdict(measured), indent=2))
+        reason = {} if unmet is None else {"reason": str(unmet)}
+        print(json.dumps({**asdict(measured), **reason}, indent=2))
     else:
         _print_curve(measured, model.manifest)
         warn_if_busy(measured.busy)

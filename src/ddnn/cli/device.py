@@ -50,7 +50,8 @@ def predict(
 
     An image that cannot be read is named, the others are answered, and the exit code is 1.
     """
-    given = [name for name, on in (("--depth", depth), ("--latency-ms", latency_ms), ("--cascade", cascade)) if on]
+    ways = {"--depth": depth is not None, "--latency-ms": latency_ms is not None, "--cascade": cascade}
+    given = [name for name, on in ways.items() if on]
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} each say which net answers; give one of them")
     if threshold and not cascade:
@@ -71,7 +72,8 @@ def predict(
         chosen = threshold or model.thresholds()
         thresholds = checked(chosen[0] if len(chosen) == 1 else chosen, list(model.nets.values()))
     else:
-        model.warm(depth or next(reversed(model.nets)))  # what is wrong with the depth is wrong for every image
+        # what is wrong with the depth is wrong for every image
+        model.warm(next(reversed(model.nets)) if depth is None else depth)
     found: list[dict[str, Any]] = []
     for path in images:
         try:

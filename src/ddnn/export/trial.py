@@ -20,8 +20,12 @@ from ddnn.network import DDNN
 class Int8:
     """What quantisation needs to know."""
 
-    BATCH: ClassVar[int] = 64
-    """Images that are calibrated on at a time."""
+    BATCH: ClassVar[int] = 8
+    """Images that are calibrated on at a time: ranges are means of those of batches.
+
+    In large batches a single unusual image sets the range, which costs deep networks points; from single images ranges
+    come out so narrow that small networks lose.
+    """
 
     calibration: Tensor
     """Training images in random order, normalised, float32 [M, 3, S, S]: their activations set the ranges."""

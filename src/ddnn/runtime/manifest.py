@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -172,6 +173,8 @@ def read(folder: Path) -> Manifest:
     """Read and check the manifest of the bundle in `folder`. Raises `BundleError`."""
     path = folder / NAME
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe, reading would never end
+            raise BundleError(f"{path} is no file; copy the bundle again")
         if path.stat().st_size > MOST_BYTES:
             raise BundleError(f"{path} is too large for a manifest; export the bundle again")
         raw = path.read_bytes()
@@ -371,6 +374,8 @@ def check_file(path: Path, file: File) -> Stamp:
     if path.is_symlink():
         raise BundleError(f"{path} is a link; onnxruntime reads no weights through links: copy the file itself")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe, opening would never end
+            raise BundleError(f"{path} is no file; copy the bundle again")
         with path.open("rb") as opened:
             stamp = _stamp(os.fstat(opened.fileno()))
             size = stamp.bytes

@@ -55,7 +55,9 @@ class Sessions:
         try:
             return list(session.run(list(outputs), dict(inputs)))
         except Exception as error:  # onnxruntime's errors have no base class of their own
-            raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot run {graph}: {_line(error)}") from None
+            raise BundleError(
+                f"onnxruntime {onnxruntime.__version__} cannot run {graph}: {first_line(error)}"
+            ) from None
 
     def get(self, graph: str, only: Sequence[str] = ()) -> onnxruntime.InferenceSession:
         """The session of a graph, or of what `only` these outputs of it need; made if need be. Raises `BundleError`."""
@@ -90,8 +92,11 @@ class Sessions:
                 model = cut_to(path.read_bytes(), only)
             return onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
         except Exception as error:  # see `run`
-            raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {_line(error)}") from None
+            raise BundleError(
+                f"onnxruntime {onnxruntime.__version__} cannot load {path}: {first_line(error)}"
+            ) from None
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What onnxruntime says, without what it adds on further lines."""
     return str(error).strip().partition("\n")[0]

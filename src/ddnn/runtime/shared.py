@@ -31,7 +31,7 @@ from ddnn.errors import BundleError, ExportError
 from ddnn.files import hold, new_folder, remove_unused
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import Checked, File, Manifest, check_file
-from ddnn.runtime.sessions import options
+from ddnn.runtime.sessions import first_line, options
 
 if TYPE_CHECKING:
     from ddnn.runtime.graphs import External
@@ -170,7 +170,10 @@ def _lay_out(graph: Path, out: Path) -> None:
             str(graph), chosen, providers=["CPUExecutionProvider"], disabled_optimizers=["ConvBNFusion"]
         )
     except Exception as error:  # onnxruntime's errors have no base class of their own
-        raise BundleError(f"onnxruntime {onnxruntime.__version__} cannot lay out {graph}: {error}") from None
+        raise BundleError(
+            f"the shared copy can't be made: onnxruntime {onnxruntime.__version__} cannot lay out {graph} on its disk, "
+            f"which may be full ({first_line(error)}); load without shared"
+        ) from None
 
 
 def _place(tensor: "External", folder: Path, weights: Any, places: dict[bytes, int]) -> int:

@@ -53,7 +53,9 @@ def measure(
         raise RequestError(f"a cascade needs at least two depths; the bundle has {nets[0].name} only")
     for what, held in (("chosen", chosen_on), ("judged", judged_by)):
         if len(held) < 10:
-            raise RequestError(f"{len(held)} images are too few for thresholds to be {what}; give at least 20 in all")
+            raise RequestError(
+                f"{len(held)} held-out images for thresholds to be {what} are too few; give 10 for that, or 20 in all"
+            )
     if any(not 1 <= batch <= len(judged_by) for batch in batches):
         raise RequestError(f"batch sizes must be from 1 to the {len(judged_by)} images that thresholds are judged by")
     watch(f"answers of all depths to {len(chosen_on) + len(judged_by)} images")
