@@ -173,9 +173,7 @@ def read(folder: Path) -> Manifest:
     """Read and check the manifest of the bundle in `folder`. Raises `BundleError`."""
     path = folder / NAME
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe, reading would never end
-            raise BundleError(f"{path} is no file; copy the bundle again")
-        if path.stat().st_size > MOST_BYTES:
+        if _status(path).st_size > MOST_BYTES:
             raise BundleError(f"{path} is too large for a manifest; export the bundle again")
         raw = path.read_bytes()
         content = json.loads(raw.decode())
@@ -374,8 +372,7 @@ def check_file(path: Path, file: File) -> Stamp:
     if path.is_symlink():
         raise BundleError(f"{path} is a link; onnxruntime reads no weights through links: copy the file itself")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # of a pipe, opening would never end
-            raise BundleError(f"{path} is no file; copy the bundle again")
+        _status(path)
         with path.open("rb") as opened:
             stamp = _stamp(os.fstat(opened.fileno()))
             size = stamp.bytes
@@ -390,6 +387,14 @@ def check_file(path: Path, file: File) -> Stamp:
     if checksum != file.sha256:
         raise BundleError(f"{path} is damaged or was replaced: its checksum differs; copy the bundle again")
     return stamp
+
+
+def _status(path: Path) -> os.stat_result:
+    """Of a file; `BundleError` for anything else, such as a pipe, of which reading would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is no file; copy the bundle again")
+    return status
 
 
 def _stamp(status: os.stat_result) -> Stamp:
