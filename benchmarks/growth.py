@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from step import machine, peak_bytes, stepping, warm_up
+from step import add_precision, machine, peak_bytes, precision_of, stepping, warm_up
 
 from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
@@ -32,19 +32,20 @@ Depths = tuple[int, int, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    add_precision(parser)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each point (default: 4)")
     parser.add_argument("--out", type=Path, help="folder for growth.json and the figure; else JSON is printed")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_of(arguments, device)
     keep_freed_memory()
 
     def point(x: float, layers: int, subnets: list[Depths], batch: int) -> dict[str, float]:
-        return {"x": x, **measure(layers, subnets, batch, device, arguments.precision == "bf16", arguments.seconds)}
+        return {"x": x, **measure(layers, subnets, batch, device, precision == "bf16", arguments.seconds)}
 
     nested: list[Depths] = [(n, n, n) for n in range(1, 9)]
     found = {
-        "machine": machine(device, arguments.precision),
+        "machine": machine(device, precision),
         "panels": {
             "number of sub-nets in ResNet-56": [point(k, 56, nested[-k:], 64) for k in range(1, 9)],
             "layers of the full-net, one sub-net of half its blocks": [

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import CASES, machine, set_up, stepping, warm_up
+from step import CASES, add_precision, machine, precision_of, set_up, stepping, warm_up
 from torch import Tensor, nn
 
 from ddnn.autocast import autocast
-from ddnn.device import keep_freed_memory
+from ddnn.device import has_bf16, keep_freed_memory
 from ddnn.evaluate import macs, side_by_side, tree_bound
 from ddnn.network import DDNN
 from ddnn.objective import EKD
@@ -55,14 +55,15 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=CASES, default="cifar-resnet8-14-20")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    add_precision(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_of(arguments, device)
     keep_freed_memory()
-    found = measure(arguments.preset, device, arguments.precision == "bf16")
+    found = measure(arguments.preset, device, precision == "bf16")
     if arguments.json:
-        print(json.dumps(found | {"machine": machine(device, arguments.precision)}, indent=2))
+        print(json.dumps(found | {"machine": machine(device, precision)}, indent=2))
     else:
         show(found)
 
@@ -95,7 +96,7 @@ def measure(preset: str, device: torch.device, bf16: bool) -> dict[str, Any]:
         "step_flops": operations / seconds,
         "matrix_product_flops": {
             str(dtype).removeprefix("torch."): matrix_product(dtype, device)
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype in ((torch.float32, torch.bfloat16) if has_bf16(device) else (torch.float32,))
         },
         "convolutions_alone_s": alone,
         "share_of_convolution_ceiling": alone / seconds,

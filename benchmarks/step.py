@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
 from ddnn.compiling import check_compiler, compiled
-from ddnn.device import keep_freed_memory, use_huge_pages
+from ddnn.device import has_bf16, keep_freed_memory, use_huge_pages
 from ddnn.errors import RunError
 from ddnn.evaluate import side_by_side, tree_bound
 from ddnn.families import PRESETS, build
@@ -77,7 +77,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(compiling=("ekd",))
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    add_precision(parser)
     parser.add_argument(
         "--seconds", type=float, help="to measure each preset for (default: 25, 60 and 90, as in the order above)"
     )
@@ -100,9 +100,25 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option `--precision`, whose value `precision_of` gives."""
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "float32"),
+        help="(default: bf16, or float32 on a CPU without instructions for it)",
+    )
+
+
+def precision_of(arguments: argparse.Namespace, device: torch.device) -> str:
+    """What is asked for, else what is fast there."""
+    asked: str | None = arguments.precision
+    return asked or ("bf16" if has_bf16(device) else "float32")
+
+
 def main() -> None:
     arguments = parsed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_of(arguments, device)
     if arguments.compiling:
         try:
             check_compiler(device)
@@ -113,13 +129,13 @@ def main() -> None:
         name: measure(
             name,
             device,
-            arguments.precision == "bf16",
+            precision == "bf16",
             CASES[name].seconds if arguments.seconds is None else arguments.seconds,
             arguments.compiling,
         )
         for name in ([arguments.preset] if arguments.preset else CASES)
     }
-    where = machine(device, arguments.precision)
+    where = machine(device, precision)
     if arguments.json:
         print(json.dumps({"presets": results, "machine": where}, indent=2))
         return

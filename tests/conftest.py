@@ -13,7 +13,7 @@ from ddnn.checkpoint import RunFolder
 
 TINY = (
     "data.limit=160",
-    "network.width=4",
+    "network.width=8",
     "train.epochs=2",
     "train.batch_size=32",
     "train.checkpoint_minutes=0",

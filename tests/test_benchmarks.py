@@ -1,6 +1,7 @@
 """What the scripts in `benchmarks/` do by default; their figures take too long to be made here."""
 
 import pytest
+import torch
 from benchmarks import step
 
 
@@ -10,3 +11,14 @@ from benchmarks import step
 )
 def test_what_the_step_benchmark_compiles(given: list[str], compiled: set[str]) -> None:
     assert set(step.parsed(given).compiling) == compiled
+
+
+@pytest.mark.parametrize(
+    ("given", "fast", "precision"),
+    [([], True, "bf16"), ([], False, "float32"), (["--precision", "bf16"], False, "bf16")],
+)
+def test_precision_is_what_the_processor_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr(step, "has_bf16", lambda device: fast)
+    assert step.precision_of(step.parsed(given), torch.device("cpu")) == precision

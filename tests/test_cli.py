@@ -59,7 +59,7 @@ def test_extract_writes_an_ordinary_network(
 ) -> None:
     path = tmp_path / "resnet14.safetensors"
     assert ddnn("extract", finished.path, "resnet14", "-o", path)[0] == 0
-    cifar_resnet(14, num_classes=10, width=4).load_state_dict(load_file(path), strict=True)
+    cifar_resnet(14, num_classes=10, width=8).load_state_dict(load_file(path), strict=True)
     with safe_open(path, "pt") as file:
         about = file.metadata()
     assert json.loads(about["depths"]) == [2, 2, 2]

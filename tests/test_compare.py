@@ -375,7 +375,7 @@ def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
 def _plain_nets() -> list[torch.nn.Module]:
     from ddnn.families.cifar_resnet import resnet
 
-    return [resnet(layers, num_classes=10, width=4) for layers in (8, 14, 20)]
+    return [resnet(layers, num_classes=10, width=8) for layers in (8, 14, 20)]
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -94,7 +94,7 @@ def test_every_tensor_is_stored_once_in_safetensors(tmp_path: Path) -> None:
 
 def test_a_run_comes_back_bitwise(finished: RunFolder, tmp_path: Path) -> None:
     config = save_run(finished, tmp_path)
-    assert config.network == Network(name="cifar/resnet20", width=4)
+    assert config.network == Network(name="cifar/resnet20", width=8)
     assert config.classes == tuple(map(str, range(10)))
     assert load_config(tmp_path) == config
     assert_same(load_trained(finished)[0], ddnn.from_pretrained(str(tmp_path)))

@@ -139,7 +139,7 @@ def test_the_command_line(ddnn: Callable[..., tuple[int, str, str]], tmp_path: P
         assert text in out
     command = next(line for line in out.splitlines() if line.startswith("  ddnn train RECIPE"))
     arguments = command.split()[3:]
-    quick = ["data.limit=40", "train.epochs=1", "train.batch_size=16", "network.width=4"]
+    quick = ["data.limit=40", "train.epochs=1", "train.batch_size=16", "network.width=8"]
     code, out, err = ddnn("train", "digits", *arguments, *quick, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     for proposal in made["proposals"]:

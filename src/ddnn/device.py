@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ddnn.errors import RunError
 from ddnn.launch import launched, local_rank
@@ -36,6 +37,37 @@ def threads(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
     return f"CPU, {count} thread{'s' if count > 1 else ''}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether torch has fast kernels for bfloat16 there: on an x86 CPU from AVX-512 on.
+
+    Without them it computes one value at a time, hundreds of times slower than in float32.
+    """
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return device.type != "cpu" or not mkldnn or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_able(net: nn.Module, device: torch.device, precision: str, *, channels_last: bool) -> None:
+    """`RunError` for a training that this processor is not made for, with what to set instead."""
+    if precision == "bf16" and not has_bf16(device):
+        raise RunError(
+            "train.precision=bf16: this processor has no instructions for it (x86 has from AVX-512 on), and torch "
+            "takes hundreds of times longer than with train.precision=float32; use that here"
+        )
+    # there torch 2.14.1's library writes beyond the end of the gradient of such weights, and the process dies
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and channels_last:
+        for name, module in net.named_modules():
+            if precision == "float32" and isinstance(module, nn.Conv2d) and _strides_few_channels(module):
+                raise RunError(
+                    "train.channels_last=true: on a processor without AVX-512 torch crashes in the gradient of "
+                    f"{name}, a convolution of 1 x 1 with a stride and less than 8 channels; use "
+                    "train.channels_last=false here"
+                )
+
+
+def _strides_few_channels(convolution: nn.Conv2d) -> bool:
+    return convolution.kernel_size == (1, 1) and max(convolution.stride) > 1 and convolution.in_channels < 8
 
 
 def make_deterministic(wanted: bool) -> None:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ddnn.autocast import autocast
 from ddnn.build import make_objective
 from ddnn.compiling import check_compiler, compiled
+from ddnn.device import check_able
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
 from ddnn.network import DDNN, Output
@@ -117,6 +118,7 @@ class State:
         cls, recipe: Recipe, net: DDNN, steps_per_epoch: int, device: torch.device, processes: Processes = ALONE
     ) -> "State":
         """The state before the first step, the same in all processes."""
+        check_able(net, device, recipe.train.precision, channels_last=recipe.train.channels_last)
         placed(net, recipe, device).train()
         processes.share([*net.parameters(), *net.buffers()])
         lean = recipe.train.lean
