@@ -103,7 +103,7 @@ def test_int8_is_near_the_network(net: DDNN, exported: tuple[Path, dict[str, Any
             expected = net.nets[entry["name"]](x).numpy()
         got = run(folder / entry["graph"], images=x.numpy())["logits"]
         difference = np.sqrt(((got - expected) ** 2).mean(axis=0)) / expected.std(axis=0)
-        assert difference.max() < 0.35
+        assert difference.max() < 0.45
         assert entry["parity"]["max_abs"] > 0
         assert entry["parity"]["tolerance"] is None
 
@@ -118,6 +118,18 @@ def test_graphs_compute_in_int8(exported: tuple[Path, dict[str, Any]], tmp_path:
         operators = [node.op_type for node in onnx.load(tmp_path / name, load_external_data=False).graph.node]
         assert "QLinearConv" in operators
         assert not {"Conv", "FusedConv", "Add", "Relu"} & set(operators)
+
+
+def test_two_products_fit_into_16_bits(exported: tuple[Path, dict[str, Any]]) -> None:
+    """Which processors without VNNI add them in (VPMADDUBSW); what doesn't fit is cut off, in silence."""
+    folder, _ = exported
+    greatest = 0
+    for path in folder.glob("*.onnx"):
+        for tensor in onnx.load(path).graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
+                greatest = max(greatest, int(np.abs(numpy_helper.to_array(tensor).astype(int)).max()))
+    assert 2 * 255 * greatest < 2**15
+    assert greatest >= 63  # and no bit is wasted
 
 
 def test_the_cascade_is_the_same_in_int8(exported: tuple[Path, dict[str, Any]]) -> None:
