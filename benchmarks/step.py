@@ -222,7 +222,7 @@ def measure(
         "lean": stepping(copy.deepcopy(net), lean),
         **{f"alone {name}": stepping(one, plain(ekd)) for name, one in alone.items()},
     }
-    objectives = {"ekd": EKD().compile(), "joint": joint}
+    objectives = {"ekd": ekd, "joint": joint}
     for name in compiling:
         own = copy.deepcopy(net)
         calls[f"compiled {name}"] = step = stepping(own, plain(objectives[name], compiled(own, device)))

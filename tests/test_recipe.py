@@ -57,6 +57,7 @@ def test_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytes
         ("optim.lr=-1", "optim.lr: input should be greater than 0 \\(given: -1\\)"),
         ("train.epochs=0", "train.epochs: input should be greater than or equal to 1"),
         ("train.accumulate=64", "accumulate=64 leaves one image a part"),
+        ("train={compile=true, lean=true}", "compile=true and lean=true exclude each other"),
         ("train.accumulate=3", "train: accumulate=3 does not divide batch_size=64"),
         ("objective.subnet_weight=-1", "objective.subnet_weight: input should be greater than or equal to 0"),
         (

@@ -13,11 +13,12 @@ features of the same resolution); formulas and weights are this project's. With 
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ddnn.energy import energy, precise
 from ddnn.errors import DDNNError
@@ -70,8 +71,12 @@ def softmax_map(feature: Tensor) -> Tensor:
     return _softmax(energy(feature))
 
 
+_SHORTEST = 1e-12
+"""What the length of a map of zeros is taken for."""
+
+
 def _power(energies: Tensor) -> Tensor:
-    return F.normalize(energies, dim=1)
+    return F.normalize(energies, dim=1, eps=_SHORTEST)
 
 
 def _softmax(energies: Tensor) -> Tensor:
@@ -80,6 +85,39 @@ def _softmax(energies: Tensor) -> Tensor:
 
 ATTENTION_MAPS: dict[AttentionMap, Callable[[Tensor], Tensor]] = {"power": _power, "softmax": _softmax}
 """Of energies [N, H*W]."""
+
+
+def _distance(energies: Tensor, theirs: Tensor, attention_map: AttentionMap) -> Tensor:
+    """Mean over images of the squared distance between the map of energies [N, H*W] and another map."""
+    if attention_map == "power" and not torch.compiler.is_compiling():
+        made: Tensor = _PowerDistance.apply(energies, theirs)
+        return made
+    return (ATTENTION_MAPS[attention_map](energies) - theirs).square().sum(dim=1).mean()
+
+
+class _PowerDistance(torch.autograd.Function):
+    """The distance of power maps with its gradient written out, in seven passes through a map instead of twenty.
+
+    For small networks the small operators on their maps were a hundredth of a step. With u = e / |e| and d = u - t,
+
+        d (|d|^2) / de = 2 (d - (d . u) u) / |e|
+    """
+
+    @staticmethod
+    def forward(ctx: Any, energies: Tensor, theirs: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(energies, dim=1, keepdim=True).clamp_min(_SHORTEST)
+        ours = energies / length
+        difference = ours - theirs
+        ctx.save_for_backward(ours, difference, length)
+        return torch.linalg.vecdot(difference, difference).mean()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        ours, difference, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(difference, ours).unsqueeze(1) * (length > _SHORTEST)
+        across = torch.addcmul(difference, ours, along, value=-1)
+        return across.mul_(gradient[0] * 2 / len(ours) / length), None
 
 
 def attention_distance(
@@ -98,12 +136,12 @@ def _stages(output: Output) -> Sequence[Tensor]:
     return output.energies or output.features
 
 
-def _map(stage: Tensor, attention_map: AttentionMap) -> Tensor:
-    return ATTENTION_MAPS[attention_map](stage if stage.ndim == 2 else energy(stage))
+def _energies(stage: Tensor) -> Tensor:
+    return stage if stage.ndim == 2 else energy(stage)
 
 
 def _maps(stages: Sequence[Tensor], attention_map: AttentionMap) -> list[Tensor]:
-    return [_map(stage, attention_map) for stage in stages]
+    return [ATTENTION_MAPS[attention_map](_energies(stage)) for stage in stages]
 
 
 def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention_map: AttentionMap) -> Tensor:
@@ -113,13 +151,13 @@ def _map_distance(student: Sequence[Tensor], teacher_maps: Sequence[Tensor], att
         )
     distances = []
     for stage, theirs in zip(student, teacher_maps, strict=True):
-        ours = _map(stage, attention_map)
-        if ours.shape != theirs.shape:
+        energies = _energies(stage)
+        if energies.shape != theirs.shape:
             raise DDNNError(
-                f"attention needs features of the same resolution: {ours.shape[1]} positions in the student, "
+                f"attention needs features of the same resolution: {energies.shape[1]} positions in the student, "
                 f"{theirs.shape[1]} in the teacher"
             )
-        distances.append((ours - theirs).square().sum(dim=1).mean())
+        distances.append(_distance(energies, theirs, attention_map))
     return torch.stack(distances).mean()
 
 
@@ -169,17 +207,6 @@ class EKD:
         self.labels = labels
         self.label_smoothing = label_smoothing
         self.ramp = ramp
-        self._maps, self._map_distance = _maps, _map_distance
-
-    def compile(self) -> "EKD":
-        """This objective, from now on with its attention terms compiled by `torch.compile`.
-
-        They are many small operators, which a compiler fuses; where the outputs have no energies it makes these too,
-        and reads each feature once. The same within rounding. The first call takes some seconds more, as does the first
-        with features of other shapes.
-        """
-        self._maps, self._map_distance = torch.compile(_maps), torch.compile(_map_distance)
-        return self
 
     def attends(self, nets: Iterable[str], *, taught: bool = False) -> bool:
         """Whether attention has a weight for a student, so that it pays to call the network with `energies=True`.
@@ -223,7 +250,7 @@ class EKD:
             # what the teacher has to say is the same for all students
             teacher = teacher.detach()
             shown = self.attends(students, taught=True)
-            teacher_maps = self._maps(_stages(teacher), self.attention_map) if shown else []
+            teacher_maps = _maps(_stages(teacher), self.attention_map) if shown else []
             told = any(self._weight("kl", name) for name in students)
             log_p = _log_posterior(teacher.logits, self.temperature) if told else None
             for name, student in students.items():
@@ -236,7 +263,7 @@ class EKD:
                 if log_p is not None and kl:
                     terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
                 if attention:
-                    distance = self._map_distance(_stages(student), teacher_maps, self.attention_map)
+                    distance = _map_distance(_stages(student), teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * attention * distance
         return terms
 

@@ -258,8 +258,8 @@ class Train(Section):
     channels_last: bool = True
     """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False
-    """`torch.compile` of the forward, which `lean` does without, and of the attention terms. On a CPU a step then takes
-    a sixth to a third less, after 45 s (ResNet-8/14/20) to minutes of compiling, for which it needs g++."""
+    """`torch.compile` of the forward; not with `lean`. On a CPU a step then takes a sixth to a third less, after half a
+    minute (ResNet-8/14/20) to minutes of compiling, for which it needs g++."""
     lean: bool = False
     """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0
@@ -291,6 +291,10 @@ class Train(Section):
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.batch_size == self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} leaves one image a part, too few for batch norm")
+        if self.compile and self.lean:
+            raise ValueError(
+                "compile=true and lean=true exclude each other, one for time, one for memory; leave one out"
+            )
         return self
 
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddnn.autocast import autocast
 from ddnn.build import make_objective
-from ddnn.compiling import check_compiler, compiled
+from ddnn.compiling import compiled
 from ddnn.device import check_able
 from ddnn.errors import RunError
 from ddnn.evaluate import hits
@@ -124,15 +124,12 @@ class State:
         lean = recipe.train.lean
         forward = net if lean or processes.count == 1 else processes.wrap(net)
         objective = make_objective(recipe, list(net.depths))
-        if recipe.train.compile:
-            check_compiler(device)
-            objective.compile()
         optimizer = make_optimizer(net, recipe.optim)
         average = get_ema_multi_avg_fn(recipe.train.ema)
         return cls(
             recipe=recipe,
             net=net,
-            forward=compiled(forward, device) if recipe.train.compile and not lean else forward,
+            forward=compiled(forward, device) if recipe.train.compile else forward,
             objective=objective,
             optimizer=optimizer,
             scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, steps_per_epoch),
