@@ -3,8 +3,8 @@
     python benchmarks/step.py                              # a table, all presets
     python benchmarks/step.py --preset cifar-resnet8-14-20 --json
 
-Every step is forward, objective, backward and optimiser, in turns with the others, so that a change of the machine's
-speed meets them all; ratios are those of medians. Let nothing else run meanwhile.
+Every step is forward, objective, backward and optimiser, in turns with the others; each figure is the median over
+rounds of the ratio in a round, so that a change of the machine's speed cancels. Let nothing else run meanwhile.
 
 joint_over_alone    joint EKD step / sum of the steps of the same networks trained alone
 tree_bound          MACs of the tree / MACs of the networks alone: what joint_over_alone could be at best
@@ -46,7 +46,7 @@ from ddnn.branchwise import branchwise_backward
 from ddnn.compiling import check_compiler, compiled
 from ddnn.device import has_bf16, keep_freed_memory, use_huge_pages
 from ddnn.errors import RunError
-from ddnn.evaluate import side_by_side, tree_bound
+from ddnn.evaluate import ratio, side_by_side, tree_bound
 from ddnn.families import PRESETS, build
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.network import DDNN, Output, nest
@@ -62,11 +62,11 @@ class Case:
     size: int
     batch: int
     seconds: float
-    """To measure for: some ten rounds on two cores."""
+    """To measure all steps for, and then half of it the two whose difference is small: some ten rounds on two cores."""
 
 
 CASES = {
-    "cifar-resnet8-14-20": Case(size=32, batch=128, seconds=25),
+    "cifar-resnet8-14-20": Case(size=32, batch=128, seconds=15),
     "resnet18-34-50-basic": Case(size=64, batch=32, seconds=60),
     "resnet50-101-152": Case(size=64, batch=16, seconds=90),
 }
@@ -79,7 +79,9 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=CASES, help="one of them alone")
     add_precision(parser)
     parser.add_argument(
-        "--seconds", type=float, help="to measure each preset for (default: 25, 60 and 90, as in the order above)"
+        "--seconds",
+        type=float,
+        help="to measure each preset for, and half of it again (default: 15, 60 and 90, as in the order above)",
     )
     compiling = parser.add_mutually_exclusive_group()
     compiling.add_argument(
@@ -230,21 +232,21 @@ def measure(
             step()
     warm_up(calls.values())
     before = counters["stats"]["unique_graphs"]
-    times = {name: statistics.median(t) for name, t in side_by_side(calls, device, seconds).items()}
-    sum_alone = sum(time for name, time in times.items() if name.startswith("alone "))
+    times = side_by_side(calls, device, seconds, warmup=1)
+    close = side_by_side({name: calls[name] for name in ("ekd", "joint")}, device, seconds / 2, warmup=1)
     tree = tree_bound(net, case.size)
     return {
-        "joint_over_alone": times["ekd"] / sum_alone,
+        "joint_over_alone": ratio(times, ["ekd"], [name for name in times if name.startswith("alone ")]),
         "tree_bound": tree,
-        "ekd_over_joint": times["ekd"] / times["joint"],
-        "joint_over_loop": times["joint"] / times["loop"],
+        "ekd_over_joint": ratio(close, ["ekd"], ["joint"]),
+        "joint_over_loop": ratio(times, ["joint"], ["loop"]),
         "loop_bound": tree,
         "lean_memory": peak_bytes(net, calls["lean"], device)
         / peak_bytes(alone[net.full_name], calls[f"alone {net.full_name}"], device),
-        "lean_time": times["lean"] / times["ekd"],
+        "lean_time": ratio(times, ["lean"], ["ekd"]),
         "subnet_over_library": subnet_over_library(preset, net, case.size, device),
-        "compiled_over_eager": times["compiled ekd"] / times["ekd"] if compiling else None,
-        "compiled_ekd_over_joint": times["compiled ekd"] / times["compiled joint"] if "joint" in compiling else None,
+        "compiled_over_eager": ratio(times, ["compiled ekd"], ["ekd"]) if compiling else None,
+        "compiled_ekd_over_joint": ratio(times, ["compiled ekd"], ["compiled joint"]) if "joint" in compiling else None,
         "recompiles": counters["stats"]["unique_graphs"] - before if compiling else None,
     }
 
@@ -287,8 +289,7 @@ def subnet_over_library(preset: str, net: DDNN, size: int, device: torch.device)
             "library": call(library(preset, name).to(device, memory_format=torch.channels_last).eval()),
         }
         with torch.inference_mode():
-            times = side_by_side(pair, device, budget_s=4.0)
-        ratios.append(statistics.median(times["ours"]) / statistics.median(times["library"]))
+            ratios.append(ratio(side_by_side(pair, device, budget_s=4.0), ["ours"], ["library"]))
     return statistics.geometric_mean(ratios)
 
 

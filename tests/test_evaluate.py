@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from ddnn.cost import step_cost
-from ddnn.evaluate import accuracy, hits, latency_ms, macs, parameters, side_by_side
+from ddnn.evaluate import accuracy, hits, latency_ms, macs, parameters, ratio, side_by_side
 from ddnn.families import build
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
@@ -67,6 +67,15 @@ def test_calls_take_turns_and_none_always_follows_the_same() -> None:
     rounds = ["".join(called[i : i + 3]) for i in range(3, len(called), 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
     assert len(set(rounds)) == 6
+
+
+def test_a_slower_round_does_not_move_a_ratio() -> None:
+    pace = [1.0, 3.0, 1.0, 7.0, 2.0]
+    seconds = {"a": [0.2 * p for p in pace], "b": [0.3 * p for p in pace], "c": [0.1 * p for p in pace]}
+    seconds["c"][1] *= 50  # and one that something came between moves it little
+    assert ratio(seconds, ["a"], ["b"]) == pytest.approx(2 / 3)
+    assert ratio(seconds, ["a"], ["b", "c"]) == pytest.approx(1 / 2)
+    assert ratio(seconds, ["a", "b"], ["c"]) == pytest.approx(5)
 
 
 def test_latency_is_measured_for_every_net() -> None:

@@ -1,7 +1,6 @@
 """What a joint training step costs, against the least it could cost."""
 
 import copy
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import TypedDict
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ddnn.autocast import autocast
 from ddnn.branchwise import branchwise_backward
-from ddnn.evaluate import macs, side_by_side
+from ddnn.evaluate import macs, ratio, side_by_side
 from ddnn.network import DDNN
 from ddnn.objective import EKD
 
@@ -40,7 +39,7 @@ def step_cost(
     lean: bool = False,
     budget_s: float = 4.0,
 ) -> StepCost:
-    """Measure on copies; `net` is left as it is. Times are medians of steps taken in turns."""
+    """Measure on copies, with steps taken in turns; `net` is left as it is."""
 
     def step(of: DDNN) -> Callable[[], None]:
         halved = partial(autocast, of, x.device, bf16)
@@ -60,21 +59,17 @@ def step_cost(
     separate = sum(macs(sub, x.shape[-1]) for sub in net.nets.values())
     cost: StepCost = {"tree_macs": tree, "alone_macs": separate, "bound": tree / separate, "measured": None}
     try:
-        seconds = _side_by_side(net, step, x, budget_s)
+        return {**cost, "measured": _joint_over_alone(net, step, x, budget_s)}
     except torch.OutOfMemoryError:
         return cost
-    joint = seconds.pop("joint")
-    return {**cost, "measured": joint / sum(seconds.values())}
 
 
-def _side_by_side(
-    net: DDNN, step: Callable[[DDNN], Callable[[], None]], x: Tensor, budget_s: float
-) -> dict[str, float]:
-    """Median seconds of the joint step and of that of every net alone."""
+def _joint_over_alone(net: DDNN, step: Callable[[DDNN], Callable[[], None]], x: Tensor, budget_s: float) -> float:
+    """Time of the joint step over that of every net alone."""
     joint = copy.deepcopy(net).train()
     alone = {name: net.alone(name).train() for name in net.nets}
     rng = torch.get_rng_state()  # dropout draws from it
-    calls = {"joint": step(joint)} | {f"alone {name}": step(one) for name, one in alone.items()}
-    seconds = {name: statistics.median(times) for name, times in side_by_side(calls, x.device, budget_s).items()}
+    calls = {f"alone {name}": step(one) for name, one in alone.items()}
+    seconds = side_by_side({"joint": step(joint), **calls}, x.device, budget_s)
     torch.set_rng_state(rng)
-    return seconds
+    return ratio(seconds, ["joint"], calls)

@@ -4,7 +4,7 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import torch
@@ -162,3 +162,16 @@ def side_by_side(
         for name in chance.sample(list(calls), len(calls)):
             seconds[name].append(timed(calls[name]))
     return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], above: Iterable[str], below: Iterable[str]) -> float:
+    """What the calls `above` take together over those `below`, from `side_by_side`: the median over its rounds.
+
+    A machine that is slower for some seconds, as shared ones are, is so for both calls of a round. So this moves
+    half as much from one measurement to the next as a ratio of medians.
+    """
+
+    def together(names: Iterable[str]) -> list[float]:
+        return [sum(times) for times in zip(*(seconds[name] for name in names), strict=True)]
+
+    return statistics.median(over / under for over, under in zip(together(above), together(below), strict=True))

@@ -1,6 +1,5 @@
 """What int8 costs in accuracy and gains in speed, measured here and now."""
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddnn.errors import ExportError
-from ddnn.evaluate import accuracy, hits, side_by_side
+from ddnn.evaluate import accuracy, hits, ratio, side_by_side
 from ddnn.network import DDNN
 
 
@@ -94,7 +93,7 @@ def _accuracy(
 
 
 def _speedup(float32: Path, int8: Path, x: Tensor) -> float:
-    """How many times faster int8 is on this machine, one image at a time, one thread; medians of turns."""
+    """How many times faster int8 is on this machine, one image at a time, one thread, in turns."""
     image = {"images": np.ascontiguousarray(x.numpy())}
 
     def call(graph: Path) -> Callable[[], object]:
@@ -102,5 +101,4 @@ def _speedup(float32: Path, int8: Path, x: Tensor) -> float:
         return lambda: session.run(None, image)
 
     calls = {"float32": call(float32), "int8": call(int8)}
-    seconds = {name: statistics.median(t) for name, t in side_by_side(calls, x.device, budget_s=1.0).items()}
-    return seconds["float32"] / seconds["int8"]
+    return ratio(side_by_side(calls, x.device, budget_s=1.0), ["float32"], ["int8"])
