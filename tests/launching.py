@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-EXACT = ("train.precision=float64", "data.limit=160", "network.width=4", "train.batch_size=32", "train.epochs=2")
+EXACT = ("train.precision=float64", "data.limit=160", "network.width=8", "train.batch_size=32", "train.epochs=2")
 """A training of a second on the digits."""
 
 
