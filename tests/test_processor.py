@@ -47,7 +47,7 @@ def test_a_layout_that_crashes_is_refused(processor: Callable[[str], None]) -> N
     check_able(narrow, CPU, "float32", channels_last=True)
 
 
-@pytest.mark.parametrize(("setting", "capability"), [("train.precision=bf16", "AVX2"), ("network.width=8", "AVX2")])
+@pytest.mark.parametrize(("setting", "capability"), [("train.precision=bf16", "AVX2"), ("network.width=4", "AVX2")])
 def test_a_training_says_so(
     ddnn: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
