@@ -13,13 +13,13 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 import ddnn
-from digits import digits, make_net, report
+from digits import BF16, digits, make_net, report
 
 
 def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
     """Train, keep a checkpoint in `folder`, read it back, and return the accuracy of every sub-net."""
     set_seed(0)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if BF16 else "no", gradient_accumulation_steps=2)
     train, test = digits()
     net = make_net()
     objective = ddnn.EKD(temperature=3.0, kl=1.0, attention=1.0)

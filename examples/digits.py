@@ -1,14 +1,18 @@
-"""The handwritten digits of scikit-learn, which need no download, and the network that every loop here trains."""
+"""What every loop here trains: a network, on the handwritten digits of scikit-learn, which need no download."""
 
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import ddnn
+from ddnn.device import has_bf16
 from ddnn.evaluate import accuracy
 from ddnn.families import build
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+BF16 = has_bf16(torch.device("cpu"))
+"""Whether this processor has instructions for bfloat16; where it has not, the loops here stay in float32."""
 
 
 def digits() -> tuple[Dataset[Pair], Dataset[Pair]]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import ddnn
-from digits import digits, make_net, report
+from digits import BF16, digits, make_net, report
 
 
 class ForTrainer(nn.Module):
@@ -65,7 +65,7 @@ def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
             per_device_eval_batch_size=360,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
-            bf16=True,
+            bf16=BF16,
             use_cpu=True,
             eval_strategy="epoch",
             save_strategy="epoch",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ddnn
-from digits import digits, make_net, report
+from digits import BF16, digits, make_net, report
 
 
 class Nested(lightning.LightningModule):
@@ -58,7 +58,7 @@ def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
         trainer = lightning.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
-            precision="bf16-mixed",
+            precision="bf16-mixed" if BF16 else "32-true",
             accumulate_grad_batches=2,
             gradient_clip_val=5.0,
             callbacks=[EMAWeightAveraging(decay=0.9)],

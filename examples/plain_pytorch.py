@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import ddnn
-from digits import digits, make_net, report
+from digits import BF16, digits, make_net, report
 
 
 def main(epochs: int = 6, accumulate: int = 2) -> dict[str, float]:
@@ -27,7 +27,7 @@ def main(epochs: int = 6, accumulate: int = 2) -> dict[str, float]:
             net.follow_full_net()  # the sub-nets join it
         learning = [net.full_name] if epoch < epochs // 2 else None  # None: all nets
         for i, (images, target) in enumerate(batches, start=1):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
                 outputs = net(images, only=learning)  # what nets have in common runs once
             terms = objective(outputs, target)  # float32, whatever the network ran in
             (sum(terms.values()) / accumulate).backward()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ddnn
-from digits import digits, report
+from digits import BF16, digits, report
 
 SMALL = {"num_classes": 10, "channels": (16, 32, 64, 128)}  # of timm's ResNets: a quarter of the width
 
@@ -64,7 +64,7 @@ def main(epochs: int = 5, accumulate: int = 2) -> dict[str, float]:
         losses = AverageMeter()
         for i, (images, target) in enumerate(batches, start=1):
             images, target = mixup(images, target)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
                 result = task(images, target)
             (result["loss"] / accumulate).backward()
             losses.update(result["loss"].item(), len(images))

@@ -64,6 +64,9 @@ def test_predict_finds_its_depth(ddnn: Call, bundle: Path, photo: Path) -> None:
     assert depth("--latency-ms", 100) == "large"
     assert depth("--cascade", "--threshold", 0) == "small"
     assert depth("--cascade", "--threshold", 2, "--threshold", 0) == "middle"
+    code, out, _ = ddnn("predict", bundle, photo, "--latency-ms", 0.5, "--json")
+    assert (code, json.loads(out)["predictions"]) == (1, [])
+    assert json.loads(out)["reason"].startswith("no depth")
     code, _, err = ddnn("predict", bundle, photo, "--latency-ms", 0.5)
     assert code == 1
     assert "error: no depth fits: small, which comes nearest, takes 1 ms, 0.5 ms more than 0.5 (p50;" in err

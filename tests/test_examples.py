@@ -99,7 +99,8 @@ def test_lightning_goes_on_bitwise_from_its_checkpoint(tmp_path: Path, monkeypat
     def fit(model: Any, folder: Path, checkpoint: Path | None = None) -> None:
         every_epoch = loop.lightning.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
         trainer = loop.lightning.Trainer(
-            max_epochs=2, accelerator="cpu", precision="bf16-mixed", accumulate_grad_batches=2, logger=False,
+            max_epochs=2, accelerator="cpu", precision="bf16-mixed" if loop.BF16 else "32-true",
+            accumulate_grad_batches=2, logger=False,
             callbacks=[loop.EMAWeightAveraging(decay=0.9), every_epoch], default_root_dir=tmp_path,
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
@@ -132,7 +133,7 @@ def test_trainer_goes_on_bitwise_from_its_checkpoint(
     def make(net: DDNN) -> Any:
         arguments = loop.TrainingArguments(
             output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-3,
-            gradient_accumulation_steps=2, bf16=True, use_cpu=True, save_strategy="epoch", report_to=[],
+            gradient_accumulation_steps=2, bf16=loop.BF16, use_cpu=True, save_strategy="epoch", report_to=[],
             disable_tqdm=True, seed=0,
         )  # fmt: skip
         return loop.Trainer(loop.ForTrainer(net, ddnn.EKD()), arguments, train_dataset=data)

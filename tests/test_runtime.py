@@ -114,6 +114,28 @@ def test_predict_names_classes_and_confidences(bundle: Path, photo: Path) -> Non
         model.predict(photo, "small", threshold=0.5)
 
 
+@pytest.mark.parametrize("odd", [5, ["small"], {"small": 1}, b"small"])
+def test_a_depth_that_is_no_name_gets_a_sentence(bundle: Path, photo: Path, odd: Any) -> None:
+    model, images = ddnn.load(bundle), bundles.normalised(1)
+    for ask in (lambda: model(images, odd), lambda: model.predict(photo, odd), lambda: model.warm(odd)):
+        with pytest.raises(RequestError, match=r"no depth .* in this bundle; it has small, middle, large"):
+            ask()
+    if odd != ["small"]:
+        with pytest.raises(RequestError, match=r"it has small|must be names of depths; .* has small") as caught:
+            ddnn.load(bundle, only=odd if isinstance(odd, int) else [odd])
+        assert repr(odd) in str(caught.value)
+
+
+def test_other_odd_arguments_get_a_sentence(bundle: Path, photo: Path) -> None:
+    model = ddnn.load(bundle)
+    for top in (0, 1.5, "5", True):
+        with pytest.raises(RequestError, match=r"top=.* must be a whole number of at least 1"):
+            model.predict(photo, top=top)  # type: ignore[arg-type]
+    for path in ("a\0b", 5.5, None):
+        with pytest.raises(RequestError, match="is no path to a bundle"):
+            ddnn.load(path)  # type: ignore[arg-type]
+
+
 # ---- the shared copy
 
 

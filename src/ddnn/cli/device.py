@@ -66,7 +66,12 @@ def predict(
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
     model = ddnn.load(bundle, threads=threads, shared=shared)
     if latency_ms is not None:
-        depth = model.within(latency_ms=latency_ms)
+        try:
+            depth = model.within(latency_ms=latency_ms)
+        except BudgetError as error:
+            if as_json:
+                print(json.dumps({"predictions": [], "reason": str(error)}, indent=2))
+            raise
     thresholds = None
     if cascade:
         chosen = threshold or model.thresholds()

@@ -103,6 +103,8 @@ class Model:
         """
         if threshold is not None and depth is not None:
             raise RequestError(f"both the depth {depth} and a threshold are given; a cascade chooses the depth itself")
+        if not _is_whole(top) or top < 1:
+            raise RequestError(f"top={top!r} must be a whole number of at least 1")
         net = self._net(depth)
         batch = self.read(path)[None]
         if threshold is None:
@@ -111,7 +113,7 @@ class Model:
             answer = self.cascade(batch, threshold)
             logits, name = answer.logits, list(self.nets)[int(answer.answered[0])]
         found = probabilities(logits)[0]
-        best = np.argsort(-found, kind="stable")[: max(1, top)]
+        best = np.argsort(-found, kind="stable")[:top]
         return Prediction(name, tuple((self.classes[i], float(found[i])) for i in best))
 
     def within(
@@ -170,7 +172,7 @@ class Model:
     def _net(self, depth: str | None) -> Net:
         if depth is None:
             return next(reversed(self.nets.values()))
-        if depth not in self.nets:
+        if not isinstance(depth, str) or depth not in self.nets:  # what is no text may not even be looked up
             loaded = " loaded" if len(self.nets) < len(self.manifest.nets) else ""
             raise RequestError(f"no depth {depth!r}{loaded} in this bundle; it has {', '.join(self.nets)}")
         return self.nets[depth]
@@ -199,12 +201,18 @@ def load(
     Raises `BundleError` for a bundle that is damaged, incomplete or of a newer format, `RequestError` for a depth it
     does not have. A file that changes after this is not read: a call that needs it raises `BundleError`.
     """
-    manifest = manifests.read(Path(os.path.realpath(bundle)))  # which links and the working directory change no more
+    try:
+        folder = Path(os.path.realpath(bundle))  # which links and the working directory change no more
+    except (TypeError, ValueError):
+        raise RequestError(f"{bundle!r} is no path to a bundle") from None
+    manifest = manifests.read(folder)
     if isinstance(only, str):
         only = [only]
+    elif only is not None and not isinstance(only, Iterable):
+        raise RequestError(f"only={only!r} must be names of depths; the bundle {bundle} has {', '.join(manifest.nets)}")
     wanted = list(manifest.nets if only is None else only)
     for name in wanted:
-        if name not in manifest.nets:
+        if not isinstance(name, str) or name not in manifest.nets:
             raise RequestError(f"no depth {name!r} in the bundle {bundle}; it has {', '.join(manifest.nets)}")
     if not wanted:
         raise RequestError(f"only names no depth of the bundle {bundle}; it has {', '.join(manifest.nets)}")
