@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import TINY
-from ddnn.device import check_able
+from ddnn import recipe as recipes
+from ddnn.checkpoint import RunFolder
+from ddnn.device import check_able, settled
 from ddnn.errors import RunError
 from ddnn.families.cifar_resnet import resnet
 
@@ -28,7 +30,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_16_bits_are_refused_where_they_are_slow(processor: Callable[[str], None]) -> None:
     net = resnet(8, num_classes=2)
     processor("AVX2")
-    with pytest.raises(RunError, match=r"no instructions for it .* use that here"):
+    with pytest.raises(RunError, match=r"no instructions for it .* use that, or auto, here"):
         check_able(net, CPU, "bf16", channels_last=False)
     check_able(net, CPU, "float32", channels_last=True)
     check_able(net, torch.device("cuda"), "bf16", channels_last=True)
@@ -45,6 +47,51 @@ def test_a_layout_that_crashes_is_refused(processor: Callable[[str], None]) -> N
     check_able(narrow, CPU, "float32", channels_last=False)
     processor("AVX512")
     check_able(narrow, CPU, "float32", channels_last=True)
+
+
+AUTO = (*TINY, "train.precision=auto")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX2", "float32"), ("AVX512", "bf16")])
+def test_auto_is_what_the_processor_is_fast_in(
+    tmp_path: Path, processor: Callable[[str], None], capability: str, precision: str
+) -> None:
+    processor(capability)
+    run = RunFolder.create(tmp_path / "run", recipes.load("digits", AUTO))
+    assert run.recipe.train.precision == precision
+    assert RunFolder.open(tmp_path / "run").recipe == run.recipe
+    assert settled(run.recipe) is run.recipe
+    expected = recipes.load("digits", [*TINY, f"train.precision={precision}"])
+    assert run.recipe == expected
+
+
+def test_what_auto_was_stays_on_another_processor(tmp_path: Path, processor: Callable[[str], None]) -> None:
+    recipe, other = (recipes.load("digits", [*AUTO, f"train.seed={seed}"]) for seed in (0, 1))
+    processor("AVX512")
+    RunFolder.create_or_open(tmp_path / "run", recipe)
+    processor("AVX2")
+    assert RunFolder.create_or_open(tmp_path / "run", recipe).recipe.train.precision == "bf16"
+    with pytest.raises(RunError, match="another recipe"):
+        RunFolder.create_or_open(tmp_path / "run", other)
+    assert settled(other, settled(recipe)).train.precision == "float32"
+
+
+def test_a_comparison_is_of_one_precision(
+    ddnn: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    processor: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a processor of another kind too, though its trainings can't go on there."""
+    monkeypatch.setattr(
+        "ddnn.compare._run", lambda folder, jobs, *rest: {job.recipe.train.precision: "" for job in jobs}
+    )
+    monkeypatch.setattr("ddnn.compare._reason", lambda *given: "")
+    command = ("compare", "digits", *AUTO, "--out", tmp_path / "fair", "--seeds", 1)
+    for capability in ("AVX512", "AVX2"):
+        processor(capability)
+        code, _, err = ddnn(*command)
+        assert (code, "trainings failed: bf16 ()." in err) == (1, True), err
 
 
 @pytest.mark.parametrize(("setting", "capability"), [("train.precision=bf16", "AVX2"), ("network.width=4", "AVX2")])

@@ -32,6 +32,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ddnn import recipe as recipes
+from ddnn.device import settled
 from ddnn.errors import RunError
 from ddnn.files import held_alone, write_atomic
 from ddnn.network import DDNN
@@ -58,6 +59,7 @@ class RunFolder:
         taken = not path.is_dir() if path.exists() else False
         if taken or (path.is_dir() and any(f.name != "recipe.toml" for f in path.iterdir())):
             raise RunError(f"{path} exists already; give another --out, or go on with --resume {path}")
+        recipe = settled(recipe)
         with _alone(path, wait_s=0.0) if path.is_dir() else contextlib.nullcontext():
             write_atomic(path / "recipe.toml", recipe.to_toml().encode())
         return cls(path, recipe)
@@ -68,7 +70,7 @@ class RunFolder:
         if not (path / "recipe.toml").is_file():
             return cls.create(path, recipe)
         run = cls.open(path)
-        if run.recipe != recipe:
+        if run.recipe != settled(recipe, run.recipe):
             raise RunError(f"{path} holds a run of another recipe; give another --out, or the recipe it has")
         return run
 

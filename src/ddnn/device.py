@@ -11,6 +11,7 @@ from torch import nn
 
 from ddnn.errors import RunError
 from ddnn.launch import launched, local_rank
+from ddnn.recipe import Recipe
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -40,20 +41,40 @@ def threads(device: torch.device) -> str:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether torch has fast kernels for bfloat16 there: on an x86 CPU from AVX-512 on.
+    """Whether torch has fast kernels for bfloat16 there: on an x86 CPU from AVX-512 on, on a GPU from Ampere on.
 
-    Without them it computes one value at a time, hundreds of times slower than in float32.
+    Without them a CPU computes one value at a time, hundreds of times slower than in float32.
     """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return device.type != "cpu" or not mkldnn or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def settled(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
+    """The recipe with what it leaves to the machine, `train.precision=auto`, decided.
+
+    As it is in `kept`, the same recipe when the work began, or else by what is fast here.
+    """
+    train = recipe.train
+    if train.precision != "auto":
+        return recipe
+
+    def decided(precision: str) -> Recipe:
+        return recipe.model_copy(update={"train": train.model_copy(update={"precision": precision})})
+
+    if kept is not None and kept == decided(kept.train.precision):
+        return kept
+    gpu = train.device != "cpu" and torch.cuda.is_available()
+    return decided("bf16" if has_bf16(torch.device("cuda" if gpu else "cpu")) else "float32")
+
+
 def check_able(net: nn.Module, device: torch.device, precision: str, *, channels_last: bool) -> None:
     """`RunError` for a training that this processor is not made for, with what to set instead."""
-    if precision == "bf16" and not has_bf16(device):
+    if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
         raise RunError(
             "train.precision=bf16: this processor has no instructions for it (x86 has from AVX-512 on), and torch "
-            "takes hundreds of times longer than with train.precision=float32; use that here"
+            "takes hundreds of times longer than with train.precision=float32; use that, or auto, here"
         )
     # there torch 2.14.1's library writes beyond the end of the gradient of such weights, and the process dies;
     # float64 has other kernels, but what a step costs is measured in float32

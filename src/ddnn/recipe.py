@@ -253,9 +253,10 @@ class Train(Section):
     """`auto`: a GPU where there is one."""
     threads: Count | None = None
     """CPU threads of the training; all cores if not given. A sum split among other threads is rounded differently."""
-    precision: Literal["float32", "bf16", "float64"] = "float32"
+    precision: Literal["auto", "float32", "bf16", "float64"] = "float32"
     """`bf16`: autocast of matrix products and convolutions; losses stay in float32. A CPU needs instructions for it,
-    x86 AVX-512. `float64`, slow, is for checks."""
+    x86 AVX-512. `auto`: `bf16` where the machine that the run is made on is fast in it, else `float32`; the run keeps
+    which. `float64`, slow, is for checks."""
     channels_last: bool = True
     """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False

@@ -67,6 +67,7 @@ def train(
 
     from ddnn.build import check
     from ddnn.checkpoint import RunFolder
+    from ddnn.device import settled
     from ddnn.display import Display, make_console, subnet_table
     from ddnn.trainer import Silent
     from ddnn.trainer import train as train_run
@@ -81,7 +82,8 @@ def train(
             chosen = recipes.by_itself(chosen)
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
-        run = create(folder, chosen) if first else RunFolder(folder, chosen)  # made by the first, perhaps elsewhere
+        # made by the first, perhaps elsewhere
+        run = create(folder, chosen) if first else RunFolder(folder, settled(chosen))
     if not first:
         train_run(run, Silent())
         return

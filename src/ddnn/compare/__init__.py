@@ -23,6 +23,7 @@ from ddnn.checkpoint import RunFolder
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
 from ddnn.compare.plan import METHODS, Job, plan, worthwhile
+from ddnn.device import settled
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe
@@ -61,6 +62,8 @@ def compare(
 
     A training that fails does not stop the others; `RunError` names the failed ones at the end.
     """
+    begun = folder / "recipe.toml"
+    recipe = settled(recipe, recipes.reopen(begun) if begun.exists() else None)
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
     nets = list(net.depths)
