@@ -12,7 +12,7 @@ test: $(VENV)/installed          ## install, pass the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: examples               ## the slow tests too, those of the examples among them
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed          ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -111,8 +111,9 @@ def test_preemption_leaves_a_checkpoint_and_a_code_to_requeue_on(processes: int,
     step = int(printed.split("after step ")[1].split(",")[0]) if "after step" in printed else None
     assert step is None or steps_kept(run)[-1] == step
     reached = steps_kept(run)[-1]
-    with started(command):  # the same command goes on
-        until(steps_kept(run)[-1] > reached for _ in iter(int, None))
+    with started(command) as again:  # the same command goes on
+        until(steps_kept(run)[-1] > reached or again.poll() is not None for _ in iter(int, None))
+        assert again.poll() is None, again.communicate()[0]
 
 
 # -- disks --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_sub_nets_of_a_good_network_need_few_epochs(tmp_path: Path) -> None:
     assert nets["resnet20"]["alone"] > 0.95
     assert nets["resnet20"]["nested"][-1] > nets["resnet20"]["alone"] - 0.03  # what the full-net keeps
     for name in ("resnet8", "resnet14"):
-        assert nets[name]["nested"][-1] > nets[name]["alone"] - 0.03, name
+        assert nets[name]["nested"][-1] > nets[name]["alone"] - 0.06, name
 
 
 def test_the_comparison_says_what_its_runs_say(measured: tuple[Path, dict[str, dict[str, object]]]) -> None:

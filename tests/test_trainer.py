@@ -332,7 +332,8 @@ def test_weights_by_name_are_those_of_every_net_where_another_network_teaches(ti
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same_within_rounding(tiny: Make) -> None:
-    runs = [tiny(f"compile-{flag}", f"train.compile={flag}", "train.epochs=1") for flag in ("false", "true")]
+    short = ("train.epochs=1", "network.alone=resnet8")  # of a whole tree test_compiling compiles a step
+    runs = [tiny(f"compile-{flag}", f"train.compile={flag}", *short) for flag in ("false", "true")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         for run in runs:
@@ -443,8 +444,6 @@ def test_every_shipped_recipe_trains_for_some_steps(name: str, tmp_path: Path, m
             pixels = random.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / kind / f"{i}.png")
     small = ["train.epochs=1", "train.batch_size=8", "schedule.warmup_epochs=0", "data.image_size=32"]
-    if not HALF:
-        small += ["train.precision=float32"]
     if recipe.load(name).train.full_net_share:
         small += ["train.epochs=2"]  # one of which is the full-net's
     run = RunFolder.create(tmp_path / "run", recipe.load(name, [f"data.source={folder}", "data.workers=1", *small]))

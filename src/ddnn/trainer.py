@@ -321,12 +321,13 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
     x, target = next(data.train_batches(dataset, recipe, epoch=recipe.train.epochs, device=device))
     part = len(x) // recipe.train.accumulate // processes.count  # no more at once than the run's own steps took
     state.optimizer.state.clear()
+    trained_s = sum(epoch["seconds"]["total"] for epoch in epochs)
     summary: dict[str, Any] = {
         "subnets": measures(net, scores["test"], dataset.image_size, device),
         "dataset": {"source": dataset.name, "test_images": len(dataset.test), "train_images": len(dataset.train)},
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
-        "train_seconds": sum(epoch["seconds"]["total"] for epoch in epochs),
+        "train_seconds": trained_s,
         "cpu_seconds": sum(epoch["seconds"]["cpu"] for epoch in epochs),
         "peak_memory_mb": max(epoch["memory_mb"] for epoch in epochs),
         "step_cost": step_cost(
@@ -336,6 +337,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
             target[:part],
             bf16=recipe.train.precision == "bf16",
             lean=recipe.train.lean,
+            budget_s=min(4.0, trained_s),  # no longer than the training itself took
         )
         if len(net.depths) > 1
         else None,
