@@ -62,7 +62,8 @@ class Case:
     size: int
     batch: int
     seconds: float
-    """To measure all steps for, and then half of it the two whose difference is small: some ten rounds on two cores."""
+    """To measure all steps for, and then half of it the two whose difference is small: some ten rounds on two cores with
+    AVX-512. `ROUNDS` are taken in any case."""
 
 
 CASES = {
@@ -70,6 +71,10 @@ CASES = {
     "resnet18-34-50-basic": Case(size=64, batch=32, seconds=60),
     "resnet50-101-152": Case(size=64, batch=16, seconds=90),
 }
+
+
+ROUNDS = 8
+"""Of all steps, and twice as many of those two: a shared machine moves a single round's ratio by a twentieth."""
 
 
 def parsed(given: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +86,8 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="to measure each preset for, and half of it again (default: 15, 60 and 90, as in the order above)",
+        help="to measure each preset for, and half of it again (default: 15, 60 and 90, as in the order above; "
+        f"longer where that is less than {ROUNDS} rounds)",
     )
     compiling = parser.add_mutually_exclusive_group()
     compiling.add_argument(
@@ -232,8 +238,9 @@ def measure(
             step()
     warm_up(calls.values())
     before = counters["stats"]["unique_graphs"]
-    times = side_by_side(calls, device, seconds, warmup=1)
-    close = side_by_side({name: calls[name] for name in ("ekd", "joint")}, device, seconds / 2, warmup=1)
+    times = side_by_side(calls, device, seconds, warmup=1, least=ROUNDS)
+    pair = {name: calls[name] for name in ("ekd", "joint")}
+    close = side_by_side(pair, device, seconds / 2, warmup=1, least=2 * ROUNDS)
     tree = tree_bound(net, case.size)
     return {
         "joint_over_alone": ratio(times, ["ekd"], [name for name in times if name.startswith("alone ")]),

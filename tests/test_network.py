@@ -264,6 +264,9 @@ def test_only_runs_what_is_asked_for() -> None:
     assert torch.equal(some["resnet14"].logits, net(x)["resnet14"].logits)
     with pytest.raises(NestingError, match="no net 'resnet9' in this DDNN; it has resnet8, resnet14, resnet20"):
         net(x, only=["resnet9"])
+    assert list(net(x, only="resnet14")) == ["resnet14"]
+    with pytest.raises(NestingError, match="only names no net of this DDNN; it has resnet8, resnet14, resnet20"):
+        net(x, only=[])
 
 
 def test_recalibrated_statistics_are_the_plain_averages() -> None:

@@ -112,6 +112,11 @@ def test_a_feature_of_zeros_has_a_finite_gradient() -> None:
     assert feature.grad.isfinite().all()
 
 
+def test_no_nets_are_an_error() -> None:
+    with pytest.raises(DDNNError, match="at least one net"):
+        EKD()({}, torch.zeros(2, dtype=torch.long))
+
+
 def test_attention_of_another_resolution_is_an_error() -> None:
     with pytest.raises(DDNNError, match="same resolution: 16 positions in the student, 4 in the teacher"):
         attention_distance([randn(1, 2, 4, 4)], [randn(1, 2, 2, 2)])

@@ -133,12 +133,12 @@ def latency_ms(nets: Mapping[str, nn.Module], image_size: int, device: torch.dev
 
 
 def side_by_side(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, warmup: int = 3, least: int = 3
 ) -> dict[str, list[float]]:
     """Seconds of each call, measured in turns so that a change of the machine's speed meets them all.
 
-    At least three rounds, then until `budget_s` seconds are spent or there are 50. Each round has an order of its own:
-    what a call finds in caches and in freed memory depends on which one was before it.
+    `least` rounds, and then until `budget_s` seconds are spent or there are 50. Each round has an order of its own: what
+    a call finds in caches and in freed memory depends on which one was before it.
     """
 
     def timed(call: Callable[[], object]) -> float:
@@ -157,7 +157,7 @@ def side_by_side(
     end = time.perf_counter() + budget_s
     chance = random.Random(0)
     for rounds in range(50):
-        if rounds >= 3 and time.perf_counter() > end:
+        if rounds >= least and time.perf_counter() > end:
             break
         for name in chance.sample(list(calls), len(calls)):
             seconds[name].append(timed(calls[name]))

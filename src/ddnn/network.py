@@ -104,7 +104,11 @@ class DDNN(nn.Module):
 
     def chosen(self, only: Iterable[str] | None) -> list[str]:
         """The nets of these names, shallow to deep; all of them for None. Raises `NestingError` for other names."""
+        if isinstance(only, str):
+            only = [only]
         wanted = set(self.depths if only is None else map(self._known, only))
+        if not wanted:
+            raise NestingError(f"only names no net of this DDNN; it has {', '.join(self.depths)}")
         return [name for name in self.depths if name in wanted]
 
     def forward(self, x: Tensor, only: Iterable[str] | None = None, *, energies: bool = False) -> dict[str, Output]:

@@ -242,6 +242,8 @@ class EKD:
         distillation, the rival that this method is compared with.
         """
         students = dict(outputs)
+        if not students:
+            raise DDNNError("the objective needs the outputs of at least one net; there are none")
         terms: dict[str, Tensor] = {}
         with torch.autocast(target.device.type, enabled=False):
             if teacher is None:
