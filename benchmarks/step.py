@@ -62,8 +62,8 @@ class Case:
     size: int
     batch: int
     seconds: float
-    """To measure all steps for, and then half of it the two whose difference is small: some ten rounds on two cores with
-    AVX-512. `ROUNDS` are taken in any case."""
+    """To measure all steps for, and then half of it the two whose difference is small: some ten rounds on two cores
+    with AVX-512. `ROUNDS` are taken in any case."""
 
 
 CASES = {

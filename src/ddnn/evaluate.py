@@ -137,8 +137,8 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of each call, measured in turns so that a change of the machine's speed meets them all.
 
-    `least` rounds, and then until `budget_s` seconds are spent or there are 50. Each round has an order of its own: what
-    a call finds in caches and in freed memory depends on which one was before it.
+    `least` rounds, and then until `budget_s` seconds are spent or there are 50. Each round has an order of its own:
+    what a call finds in caches and in freed memory depends on which one was before it.
     """
 
     def timed(call: Callable[[], object]) -> float:
