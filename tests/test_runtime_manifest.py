@@ -118,6 +118,7 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "not a version": (put("version", "1"), "version must be a whole number of at least 1"),
     "another format": (put("format", "other"), "format is 'other', not 'ddnn-bundle'"),
     "unknown key": (put("quantum", 1), "quantum is unknown in format 1; known are format, version"),
+    "a key that a terminal would obey": (put("\033[2J\n", 1), r"'\\x1b\[2J\\n' is unknown in format 1"),
     "unknown key of a net": (put("nets/1/scale", 1), r"nets\[1\].scale is unknown in format 1"),
     "unknown key of the input": (put("input/rotate", 1), "input.rotate is unknown in format 1"),
     "no nets": (put("nets", []), "nets must be a list with at least one entry"),

@@ -228,6 +228,7 @@ class _Section:
 
     def wrong(self, key: str, what: str) -> NoReturn:
         place = ".".join(filter(None, (self.where, key)))
+        place = place if printable(place) else repr(place)  # a terminal would obey it
         raise BundleError(f"{self.path} cannot be used: {place + ' ' if place else 'it '}{what}")
 
     def only(self, keys: Iterable[str]) -> None:
