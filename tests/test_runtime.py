@@ -174,6 +174,9 @@ def test_the_shared_copy_is_made_once_and_again_when_damaged(bundle: Path, tmp_p
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
         assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
+    for nonsense in ("[]", "[" * 100_000):
+        (folder / "shared.json").write_text(nonsense)
+        assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
     (folder / "shared.bin").write_bytes((folder / "shared.bin").read_bytes()[:-100])
     assert np.array_equal(ddnn.load(copy, shared=True)(images), expected)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-written is left

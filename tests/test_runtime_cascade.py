@@ -400,9 +400,25 @@ def test_a_curve_is_kept_with_its_bundle_and_machine(bundle: Path, measured: Cur
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     path = next(copy.glob("machines/*/cascade.json"))
+    whole = path.read_text()
     path.write_text("{")
     with pytest.raises(BundleError, match=r"cascade.json is damaged .*; remove it and measure again"):
         ddnn.load(copy).thresholds()
+    changes: list[tuple[str, Any]] = [
+        ("calls", {}), ("threads", None), ("shared", 1), ("chosen", 99), ("chosen", -1), ("busy", "x"), ("points", []),
+        ("through", {}), ("points/0/took", {}), ("points/0/chosen_on", None), ("points/0/thresholds", [0.5]),
+    ]  # fmt: skip
+    changes += [(f"points/0/took/{batch}", [-1, 1]) for batch in measured.calls]
+    for place, value in changes:
+        content = json.loads(whole)
+        *within, last = place.split("/")
+        part = content
+        for step in within:
+            part = part[int(step)] if isinstance(part, list) else part[step]
+        part[last] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(BundleError, match=r"cascade.json is damaged .*; remove it and measure again"):
+            ddnn.load(copy).thresholds()
     path.write_text(json.dumps({"format": "ddnn-cascade", "version": 9}))
     with pytest.raises(BundleError, match="is of another format"):
         ddnn.load(copy).thresholds()

@@ -118,6 +118,8 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "not a version": (put("version", "1"), "version must be a whole number of at least 1"),
     "another format": (put("format", "other"), "format is 'other', not 'ddnn-bundle'"),
     "unknown key": (put("quantum", 1), "quantum is unknown in format 1; known are format, version"),
+    "another precision": (put("precision", "x"), "precision is 'x'; allowed are float32 and int8"),
+    "no cascade": (put("nets/1/cascade", 0), r"nets\[1\].cascade must be an object"),
     "a key that a terminal would obey": (put("\033[2J\n", 1), r"'\\x1b\[2J\\n' is unknown in format 1"),
     "unknown key of a net": (put("nets/1/scale", 1), r"nets\[1\].scale is unknown in format 1"),
     "unknown key of the input": (put("input/rotate", 1), "input.rotate is unknown in format 1"),

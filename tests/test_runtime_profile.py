@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import subprocess
@@ -144,6 +145,36 @@ def test_damaged_profiles_are_named(
     with pytest.raises(BundleError, match=rf"profile.json {sentence}.*; remove it and measure again"):
         ddnn.load(bundle, threads=1).within(latency_ms=10)
     assert len(measure(bundle, [1], [1]).rows) == 3  # measuring anew mends it
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("depth", 1), ("batch", [1]), ("batch", "1"), ("threads", None), ("shared", 0), ("p50_ms", 0), ("p95_ms", "1"),
+        ("p50_ms", 10**400), ("runs", 0), ("busy", "x"), ("memory_mb", 0), ("peak_mb", "x"), ("depth", "middle"),
+    ],
+)  # fmt: skip
+def test_a_profile_that_cannot_have_been_measured_is_damaged(
+    measured: tuple[Path, profile.Profile], tmp_path: Path, key: str, value: object
+) -> None:
+    """The last: a depth twice, and another not at all."""
+    bundle = copied(measured[0], tmp_path / "copy")
+    path = next(bundle.glob("machines/*/profile.json"))
+    content = json.loads(path.read_text())
+    content["rows"][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"profile.json is damaged .*; remove it and measure again"):
+        ddnn.load(bundle, threads=1).within(latency_ms=1e6)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_waited_for(measured: tuple[Path, profile.Profile], tmp_path: Path) -> None:
+    bundle = copied(measured[0], tmp_path / "copy")
+    path = next(bundle.glob("machines/*/profile.json"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match=r"profile.json is no file; remove it and measure again"):
+        ddnn.load(bundle, threads=1).within(latency_ms=1e6)
 
 
 def test_within_picks_for_the_model_as_it_is_loaded(measured: tuple[Path, profile.Profile]) -> None:

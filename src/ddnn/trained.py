@@ -26,8 +26,12 @@ def load_trained(run: RunFolder) -> tuple[DDNN, dict[str, Any]]:
     about, summary = run.read_json("run.json"), run.read_json("summary.json")
     if about is None or summary is None:
         raise RunError(f"the run in {run.path} is not finished; go on with: ddnn train --resume {run.path}")
-    net = build(run.recipe.network.unweighted(), len(about["data"]["classes"]), about["data"]["image_size"])
-    run.load_weights(net, summary["weights_sha256"])
+    try:
+        classes, size, digest = len(about["data"]["classes"]), about["data"]["image_size"], summary["weights_sha256"]
+    except (LookupError, TypeError):
+        raise RunError(f"run.json or summary.json in {run.path} is damaged: it lacks what a training writes") from None
+    net = build(run.recipe.network.unweighted(), classes, size)
+    run.load_weights(net, digest)
     return net.eval(), about
 
 

@@ -4,7 +4,9 @@ Exit code 0 is success, 1 a failed run, 2 something asked wrongly, 75 (EX_TEMPFA
 to end and can go on.
 """
 
+import io
 import logging
+import sys
 from typing import Annotated
 
 import typer
@@ -51,6 +53,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; an error that speaks to the user is printed without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         app()
     except Preempted as stopped:

@@ -27,7 +27,7 @@ LatencyMs = Annotated[float | None, typer.Option("--latency-ms", metavar="MS", h
 @app.command()
 def predict(
     bundle: Bundle,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", readable=False)],
     depth: Annotated[str | None, typer.Option(metavar="NAME", help="Which net (default: the deepest).")] = None,
     latency_ms: LatencyMs = None,
     cascade: Annotated[

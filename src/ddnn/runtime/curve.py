@@ -10,7 +10,16 @@ from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import check_above_0, is_number, machine_folder, threads_of, three
+from ddnn.runtime.profile import (
+    check_above_0,
+    is_finite,
+    is_number,
+    is_whole,
+    machine_folder,
+    text_of,
+    threads_of,
+    three,
+)
 
 VERSION = 1
 NAME = "cascade.json"
@@ -156,7 +165,7 @@ def read(manifest: Manifest, machine: Machine) -> Curve:
     path = machine_folder(manifest.folder, machine) / NAME
     run = f"run: ddnn cascade {manifest.folder} --data HELD-OUT"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text_of(path))
         if content.pop("format") != "ddnn-cascade" or content.pop("version") != VERSION:
             raise BundleError(f"{path} is of another format than this ddnn reads; remove it and measure again")
         content["machine"] = Machine(**content["machine"])
@@ -165,20 +174,39 @@ def read(manifest: Manifest, machine: Machine) -> Curve:
         for part in ("fixed", "points"):
             content[part] = [Point(**{**each, "took": _took(each["took"])}) for each in content[part]]
         found = Curve(**content)
-        thresholds = found.points[found.chosen].thresholds
-        if len(thresholds) != len(found.nets) - 1 or not all(each >= 0 for each in thresholds):
-            raise ValueError("its thresholds are none")
+        _check(found)
     except FileNotFoundError:
         raise RequestError(f"there are no thresholds measured on this machine; {run}") from None
     except BundleError:
         raise
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); remove it and measure again") from None
     if found.bundle != manifest.digest or found.machine != machine:
         raise RequestError(f"the thresholds here are of another bundle that was here before; {run}")
     return found
+
+
+def _check(curve: Curve) -> None:
+    """`ValueError` where a curve of a file can't have been measured."""
+    if not (is_whole(curve.threads, 1) and isinstance(curve.shared, bool) and is_finite(curve.busy)):
+        raise ValueError("threads, shared or busy can't be")
+    if not (curve.calls and curve.points and curve.fixed and all(is_whole(each, 1) for each in curve.calls.values())):
+        raise ValueError("nothing was measured")
+    if not (is_whole(curve.chosen) and curve.chosen < len(curve.points)):
+        raise ValueError("no point is chosen")
+    for took in (curve.through, *(point.took for point in (*curve.fixed, *curve.points))):
+        if took.keys() != curve.calls.keys() or not all(
+            is_finite(each) and each > 0 for t in took.values() for each in t
+        ):
+            raise ValueError("a latency is missing, or not above 0")
+    for point in (*curve.fixed, *curve.points):
+        if not all(is_finite(each) for each in (point.chosen_on, point.accuracy, point.macs, *point.share)):
+            raise ValueError("an accuracy, a share or MACs are no number")
+    for point in curve.points:
+        if len(point.thresholds) != len(curve.nets) - 1 or not all(is_finite(t) and t >= 0 for t in point.thresholds):
+            raise ValueError("its thresholds are none")
 
 
 def _took(by_batch: Mapping[str, Sequence[float]]) -> dict[int, Took]:

@@ -1,5 +1,6 @@
 """Labelled images that nothing was trained on, from a folder or a file, cut as the nets take them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,11 @@ def _folder(root: Path, manifest: Manifest, limit: int) -> HeldOut:
     if unknown or not folders:
         what = f"its folder {unknown[0]} is no class of the bundle" if unknown else "it has no class folders"
         raise RequestError(f"{root} cannot be used: {what}; allowed are folders named {_some(manifest.classes)}")
+    for folder in folders:
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise RequestError(f"cannot read {folder}: {error.strerror}") from None
     files = [
         (path, manifest.classes.index(folder.name))
         for folder in folders

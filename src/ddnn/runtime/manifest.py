@@ -183,6 +183,8 @@ def read(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    except BundleError:
+        raise
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}; export the bundle again") from None
     top = _Section(path, "", content)
@@ -205,13 +207,15 @@ def read(folder: Path) -> Manifest:
     classes = tuple(top.texts("classes"))
     if len(set(classes)) != len(classes):
         top.wrong("classes", "names a class twice")
+    if (precision := top.text("precision")) not in ("float32", "int8"):
+        top.wrong("precision", f"is {precision!r}; allowed are float32 and int8")
     return Manifest(
         folder=folder,
         nets=nets,
         input=_input(top.section("input")),
         classes=classes,
         files=files,
-        precision=top.text("precision"),
+        precision=precision,
         digest=hashlib.sha256(raw).hexdigest(),
     )
 
@@ -328,7 +332,9 @@ def _net(section: _Section, files: dict[str, File], shallower: dict[str, Net]) -
         params=section.whole("params", least=0),
         top1=section.share("top1"),
         top5=section.share("top5"),
-        cascade=_part(section.section("cascade"), files, shallower) if section.content.get("cascade") else None,
+        cascade=_part(section.section("cascade"), files, shallower)
+        if section.content.get("cascade") is not None
+        else None,
     )
 
 

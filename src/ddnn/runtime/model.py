@@ -78,7 +78,7 @@ class Model:
         above 1 none; 2 leaves the net out, computing no more of it than deeper nets start from. Measured thresholds
         come from `ddnn cascade`.
 
-        Raises `RequestError`, and `BundleError` where only some of the depths are loaded.
+        Raises `RequestError`, also where only some of the depths are loaded.
         """
         self._need_all()
         nets = list(self.nets.values())
@@ -103,7 +103,7 @@ class Model:
         """
         if threshold is not None and depth is not None:
             raise RequestError(f"both the depth {depth} and a threshold are given; a cascade chooses the depth itself")
-        if not _is_whole(top) or top < 1:
+        if not profile.is_whole(top, 1):
             raise RequestError(f"top={top!r} must be a whole number of at least 1")
         net = self._net(depth)
         batch = self.read(path)[None]
@@ -131,7 +131,7 @@ class Model:
 
         Raises `BudgetError` if none does, saying by how much, and `RequestError` where this machine has no profile.
         """
-        if not _is_whole(batch) or batch < 1:
+        if not profile.is_whole(batch, 1):
             raise RequestError(f"batch={batch!r} must be a whole number of at least 1")
         for unit, limit in (("ms", latency_ms), ("MiB", memory_mb)):
             profile.check_above_0(limit, unit)
@@ -185,10 +185,6 @@ class Model:
         return np.zeros((0, len(self.classes)), dtype=np.float32)
 
 
-def _is_whole(value: Any) -> bool:
-    return profile.is_number(value) and isinstance(value, int | np.integer)
-
-
 def load(
     bundle: str | Path, only: Iterable[str] | None = None, *, threads: int | None = None, shared: bool = False
 ) -> Model:
@@ -216,7 +212,7 @@ def load(
             raise RequestError(f"no depth {name!r} in the bundle {bundle}; it has {', '.join(manifest.nets)}")
     if not wanted:
         raise RequestError(f"only names no depth of the bundle {bundle}; it has {', '.join(manifest.nets)}")
-    if threads is not None and not (_is_whole(threads) and 1 <= threads <= 1024):
+    if threads is not None and not (profile.is_whole(threads, 1) and threads <= 1024):
         raise RequestError(f"threads={threads!r} must be a whole number from 1 to 1024")
     nets = {name: net for name, net in manifest.nets.items() if name in wanted}
     count = available_cpus() if threads is None else int(threads)

@@ -7,6 +7,8 @@ call, threads, and whether the weights are shared.
 
 import datetime
 import json
+import math
+import stat
 import subprocess
 import sys
 import time
@@ -50,9 +52,22 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether it is such a number, and a float can hold it."""
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_whole(value: Any, least: int = 0) -> bool:
+    """Whether it is a whole number of Python or NumPy, of at least that."""
+    return isinstance(value, int | np.integer) and is_finite(value) and bool(value >= least)
+
+
 def check_above_0(limit: Any, unit: str) -> None:
     """`RequestError` where a budget is no number above 0; None is no budget."""
-    if limit is not None and not (is_number(limit) and limit > 0):  # a NaN is not
+    if limit is not None and not (is_number(limit) and limit > 0 and (is_finite(limit) or limit == math.inf)):
         raise RequestError(f"a budget of {limit!r} {unit} must be a number above 0")
 
 
@@ -119,7 +134,7 @@ class Profile:
         """The rows of these depths of a bundle under a condition. Raises `RequestError` where it was not measured."""
         wanted = list(depths)
         rows = [row for row in self.rows if row.condition == condition and row.depth in wanted]
-        if len(rows) < len(wanted):
+        if {row.depth for row in rows} != set(wanted):
             known = "; ".join(map(str, dict.fromkeys(row.condition for row in self.rows)))
             shared = " --shared" if condition.shared else ""
             raise RequestError(
@@ -151,9 +166,16 @@ def read(manifest: Manifest, machine: Machine) -> Profile:
     return profile
 
 
+def text_of(path: Path) -> str:
+    """What a file says that was measured earlier. Raises `OSError`, `BundleError` for what is no file."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise BundleError(f"{path} is no file; remove it and measure again")
+    return path.read_text(encoding="utf-8")
+
+
 def _read(path: Path) -> Profile | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text_of(path))
         if content.pop("format") != "ddnn-profile" or content.pop("version") != VERSION:
             raise BundleError(f"{path} is of another format than this ddnn reads; remove it and measure again")
         profile = Profile(
@@ -163,17 +185,39 @@ def _read(path: Path) -> Profile | None:
             rows=[Row(**row) for row in content["rows"]],
             together=[Together(**each) for each in content["together"]],
         )
-        if not all(row.p50_ms > 0 and row.p95_ms > 0 for row in profile.rows):
-            raise ValueError("a latency is not above 0")
+        for row in profile.rows:
+            _check(row)
+        for each in profile.together:
+            _check_memory(each)
+        if len({(row.depth, row.condition) for row in profile.rows}) < len(profile.rows):
+            raise ValueError("a depth is there twice")
     except FileNotFoundError:
         return None
     except BundleError:
         raise
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged ({error}); remove it and measure again") from None
     return profile
+
+
+def _check(row: Row) -> None:
+    """`ValueError` where a row of a file can't have been measured."""
+    if not isinstance(row.depth, str):
+        raise ValueError("a depth is no text")
+    if not all(is_finite(each) and each > 0 for each in (row.p50_ms, row.p95_ms)):
+        raise ValueError("a latency is not above 0")
+    if not (is_whole(row.threads, 1) and is_whole(row.runs, 1) and is_finite(row.busy)):
+        raise ValueError("threads, runs or busy can't be")
+    _check_memory(row)
+
+
+def _check_memory(of: "Row | Together") -> None:
+    if not (is_whole(of.batch, 1) and isinstance(of.shared, bool)):
+        raise ValueError("a batch, or shared, can't be")
+    if not all(each is None or (is_finite(each) and each > 0) for each in (of.memory_mb, of.peak_mb)):
+        raise ValueError("a memory is not above 0")
 
 
 def measure(

@@ -13,6 +13,7 @@ Copies of other bundles that nobody has loaded are removed when a new one is mad
     NAME.onnx       the graphs, without them
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -74,7 +75,12 @@ class Shared:
     @classmethod
     def _held(cls, manifest: Manifest, folder: Path) -> "Shared | None":
         """The copy, kept from being removed for as long as anything refers to it; None where there is none."""
-        handle = hold(folder, alone=False) if folder.is_dir() else None
+        try:
+            handle = hold(folder, alone=False) if folder.is_dir() else None
+        except OSError as error:
+            raise BundleError(
+                f"the shared copy {folder} can't be opened: {error.strerror}; load without shared"
+            ) from None
         if handle is None:
             return None
         found = _read(manifest, folder)
@@ -97,12 +103,21 @@ class Shared:
 def _read(manifest: Manifest, folder: Path) -> tuple[dict[str, Any], Checked] | None:
     """The index and its files; None where there is no copy of this bundle, or a damaged one."""
     try:
+        if not (folder / INDEX).is_file():  # a pipe would be waited for
+            return None
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         checksum = index.pop("sha256")
         if checksum != _checksum(index) or index["bundle"] != manifest.digest:
             return None
         stamps = {folder / name: check_file(folder / name, File(**about)) for name, about in index["files"].items()}
-    except (OSError, ValueError, LookupError, AttributeError):  # a `BundleError` is a `ValueError`
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # a `BundleError` is a `ValueError`
         return None
     return index, Checked(manifest.folder, stamps)
 
@@ -116,10 +131,14 @@ def _make(manifest: Manifest, originals: Checked, folder: Path) -> None:
     graphs = [net.graph for net in manifest.nets.values()]
     graphs += [net.cascade.graph for net in manifest.nets.values() if net.cascade]
     try:
-        if folder.exists():
+        while folder.exists():
             if _read(manifest, folder) is not None:  # another process was quicker
                 return
-            shutil.rmtree(folder)  # damaged
+            try:
+                shutil.rmtree(folder)  # damaged
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # another process removes, or replaces it, too
+                    raise
         for other in folder.parent.glob(f"{PREFIX}*"):
             remove_unused(other)
         with new_folder(folder) as beside:
