@@ -444,3 +444,18 @@ def test_without_ray_it_says_what_to_install(
     assert code == 1
     assert said == "error: this needs ray, which is not installed; it comes with: pip install 'ddnn[ray]'\n"
     assert not (tmp_path / "fair").exists()
+
+
+def test_a_run_is_no_place_for_a_comparison_nor_a_comparison_a_run(finished: RunFolder, tmp_path: Path) -> None:
+    before = sorted(finished.path.iterdir())
+    with pytest.raises(RunError, match="holds a run, not a comparison; give another --out"):
+        compare(finished.path, tiny_recipe(), ["joint"], 1, Silent())
+    assert sorted(finished.path.iterdir()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file exists and is no comparison"):
+        compare(tmp_path / "file", tiny_recipe(), ["joint"], 1, Silent())
+    (tmp_path / "fair").mkdir()
+    for name in ("recipe.toml", "comparison.json"):
+        (tmp_path / "fair" / name).write_bytes((finished.path / "recipe.toml").read_bytes())
+    with pytest.raises(RunError, match=r"fair is a comparison and no run; its runs are the folders in .*runs"):
+        RunFolder.open(tmp_path / "fair")

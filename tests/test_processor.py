@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY
+from conftest import TINY, Quiet
 from ddnn import recipe as recipes
 from ddnn.checkpoint import RunFolder
-from ddnn.device import check_able, settled
+from ddnn.device import check_able, settled, with_precision
 from ddnn.errors import RunError
 from ddnn.families.cifar_resnet import resnet
+from ddnn.trainer import train
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_16_bits_are_refused_where_they_are_slow(processor: Callable[[str], None]) -> None:
     net = resnet(8, num_classes=2)
     processor("AVX2")
-    with pytest.raises(RunError, match=r"no instructions for it .* use that, or auto, here"):
+    with pytest.raises(RunError, match=r"no instructions for it .* can have train.precision=float32, or auto"):
         check_able(net, CPU, "bf16", channels_last=False)
     check_able(net, CPU, "float32", channels_last=True)
     check_able(net, torch.device("cuda"), "bf16", channels_last=True)
@@ -88,10 +89,34 @@ def test_a_comparison_is_of_one_precision(
     )
     monkeypatch.setattr("ddnn.compare._reason", lambda *given: "")
     command = ("compare", "digits", *AUTO, "--out", tmp_path / "fair", "--seeds", 1)
-    for capability in ("AVX512", "AVX2"):
-        processor(capability)
-        code, _, err = ddnn(*command)
-        assert (code, "trainings failed: bf16 ()." in err) == (1, True), err
+    processor("AVX512")
+    code, _, err = ddnn(*command)
+    assert (code, "trainings failed: bf16 ()." in err) == (1, True), err
+    processor("AVX2")
+    code, _, err = ddnn(*command)
+    assert (code, "what was begun in bf16 goes on elsewhere" in err) == (1, True), err
+
+
+def test_a_comparison_that_cannot_go_on_here_says_so_at_once(
+    ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path, processor: Callable[[str], None]
+) -> None:
+    processor("AVX2")
+    command = ("compare", "digits", *TINY, "train.precision=bf16", "--out", tmp_path / "fair", "--seeds", 1)
+    code, _, err = ddnn(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: train.precision=bf16: this processor has no instructions")
+    assert not (tmp_path / "fair").exists()
+
+
+def test_all_processes_have_the_precision_of_the_first(tiny: Callable[..., RunFolder]) -> None:
+    auto = recipes.load("digits", AUTO)
+    assert with_precision(auto, "bf16").train.precision == "bf16"
+    explicit = recipes.load("digits", TINY)
+    assert with_precision(explicit, "bf16") is explicit
+    run = tiny("run")
+    elsewhere = RunFolder(run.path, auto)  # as a process has it that did not make the folder
+    train(elsewhere, Quiet())
+    assert elsewhere.recipe.train.precision in ("float32", "bf16")
 
 
 @pytest.mark.parametrize(("setting", "capability"), [("train.precision=bf16", "AVX2"), ("network.width=4", "AVX2")])

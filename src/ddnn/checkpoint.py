@@ -58,7 +58,8 @@ class RunFolder:
         """A new run folder; `RunError` if something is there already, but for the recipe of a run that never began."""
         taken = not path.is_dir() if path.exists() else False
         if taken or (path.is_dir() and any(f.name != "recipe.toml" for f in path.iterdir())):
-            raise RunError(f"{path} exists already; give another --out, or go on with --resume {path}")
+            resume = f", or go on with --resume {path}" if (path / "recipe.toml").is_file() else ""
+            raise RunError(f"{path} exists already; give another --out{resume}")
         recipe = settled(recipe)
         with _alone(path, wait_s=0.0) if path.is_dir() else contextlib.nullcontext():
             write_atomic(path / "recipe.toml", recipe.to_toml().encode())
@@ -79,6 +80,8 @@ class RunFolder:
         """The run in this folder; `RunError` if it holds none."""
         if not (path / "recipe.toml").is_file():
             raise RunError(f"{path} is no run folder: it has no recipe.toml")
+        if (path / "comparison.json").exists() and not (path / "run.json").exists():
+            raise RunError(f"{path} is a comparison and no run; its runs are the folders in {path / 'runs'}")
         return cls(path, recipes.reopen(path / "recipe.toml"))
 
     def held(self) -> AbstractContextManager[None]:

@@ -51,31 +51,37 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or not mkldnn or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    """The recipe with this for `train.precision=auto`; as it is where it says something else."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
 def settled(recipe: Recipe, kept: Recipe | None = None) -> Recipe:
     """The recipe with what it leaves to the machine, `train.precision=auto`, decided.
 
     As it is in `kept`, the same recipe when the work began, or else by what is fast here.
     """
-    train = recipe.train
-    if train.precision != "auto":
-        return recipe
-
-    def decided(precision: str) -> Recipe:
-        return recipe.model_copy(update={"train": train.model_copy(update={"precision": precision})})
-
-    if kept is not None and kept == decided(kept.train.precision):
+    if kept is not None and kept in (with_precision(recipe, "bf16"), with_precision(recipe, "float32")):
         return kept
-    gpu = train.device != "cpu" and torch.cuda.is_available()
-    return decided("bf16" if has_bf16(torch.device("cuda" if gpu else "cpu")) else "float32")
+    gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    return with_precision(recipe, "bf16" if has_bf16(torch.device("cuda" if gpu else "cpu")) else "float32")
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """`RunError` for a precision that this processor is far too slow in."""
+    if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
+        raise RunError(
+            "train.precision=bf16: this processor has no instructions for it (x86 has from AVX-512 on), and torch "
+            "takes hundreds of times longer than in float32; what was begun in bf16 goes on elsewhere, and what "
+            "begins here, with another --out, can have train.precision=float32, or auto"
+        )
 
 
 def check_able(net: nn.Module, device: torch.device, precision: str, *, channels_last: bool) -> None:
     """`RunError` for a training that this processor is not made for, with what to set instead."""
-    if precision == "bf16" and device.type == "cpu" and not has_bf16(device):
-        raise RunError(
-            "train.precision=bf16: this processor has no instructions for it (x86 has from AVX-512 on), and torch "
-            "takes hundreds of times longer than with train.precision=float32; use that, or auto, here"
-        )
+    check_precision(device, precision)
     # there torch 2.14.1's library writes beyond the end of the gradient of such weights, and the process dies;
     # float64 has other kernels, but what a step costs is measured in float32
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and channels_last:

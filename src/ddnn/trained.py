@@ -87,6 +87,8 @@ def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> di
 
 def extract(run: RunFolder, name: str, path: Path) -> None:
     """Write one sub-net of a finished run as safetensors with the names of its library; metadata says what it needs."""
+    if path.resolve() == (run.path / "model.safetensors").resolve():
+        raise RunError(f"{path} holds the run's own weights and is not overwritten; give another place")
     net, about = load_trained(run)
     subnet = net.subnet(name)
     trained = about["data"]

@@ -27,7 +27,16 @@ from ddnn.build import build, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import step_cost
 from ddnn.data import DataSet, stream_key
-from ddnn.device import PeakMemory, choose_device, keep_freed_memory, make_deterministic, threads, use_huge_pages
+from ddnn.device import (
+    PeakMemory,
+    choose_device,
+    keep_freed_memory,
+    make_deterministic,
+    settled,
+    threads,
+    use_huge_pages,
+    with_precision,
+)
 from ddnn.errors import RunError
 from ddnn.evaluate import accuracy, measures
 from ddnn.network import DDNN, recalibrate
@@ -93,7 +102,8 @@ def train(run: RunFolder, progress: Progress) -> dict[str, Any]:
 def _train(
     run: RunFolder, progress: Progress, device: torch.device, processes: Processes, notice: Notice
 ) -> dict[str, Any]:
-    recipe = run.recipe
+    # where each process may be on another kind of machine, what the first has settled holds for all
+    recipe = run.recipe = with_precision(run.recipe, processes.from_first(settled(run.recipe).train.precision))
     processes.check_same("the recipe", run.recipe_digest())
     summary: dict[str, Any] | None = processes.from_first(run.read_json("summary.json") if processes.first else None)
     if summary:

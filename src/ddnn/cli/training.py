@@ -67,7 +67,6 @@ def train(
 
     from ddnn.build import check
     from ddnn.checkpoint import RunFolder
-    from ddnn.device import settled
     from ddnn.display import Display, make_console, subnet_table
     from ddnn.trainer import Silent
     from ddnn.trainer import train as train_run
@@ -83,7 +82,7 @@ def train(
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
         # made by the first, perhaps elsewhere
-        run = create(folder, chosen) if first else RunFolder(folder, settled(chosen))
+        run = create(folder, chosen) if first else RunFolder(folder, chosen)
     if not first:
         train_run(run, Silent())
         return

@@ -23,7 +23,7 @@ from ddnn.checkpoint import RunFolder
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
 from ddnn.compare.plan import METHODS, Job, plan, worthwhile
-from ddnn.device import settled
+from ddnn.device import check_precision, choose_device, settled
 from ddnn.errors import RunError
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe
@@ -62,6 +62,7 @@ def compare(
 
     A training that fails does not stop the others; `RunError` names the failed ones at the end.
     """
+    _check_folder(folder)
     begun = folder / "recipe.toml"
     recipe = settled(recipe, recipes.reopen(begun) if begun.exists() else None)
     check(recipe)
@@ -79,6 +80,7 @@ def compare(
         check_method(job.recipe, job.method)
     engine = engine or Local()
     if isinstance(engine, Local) and any(summary_of(folder, job) is None for job in plan(recipe, methods, seeds, nets)):
+        check_precision(choose_device(recipe.train.device), recipe.train.precision)
         data.check(recipe.data)  # the hosts of a cluster may have them where this one has not
     _open(folder, recipe, watcher.note)
     for sentence in left_out:
@@ -142,6 +144,14 @@ def _reason(folder: Path, name: str) -> str:
         return ""
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return f"The first of them ended with: {said}. " if said else ""
+
+
+def _check_folder(folder: Path) -> None:
+    """`RunError` for what is no place for a comparison."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} exists and is no comparison; give another --out")
+    if any((folder / part).exists() for part in ("run.json", "checkpoints", "summary.json")):
+        raise RunError(f"{folder} holds a run, not a comparison; give another --out")
 
 
 def _open(folder: Path, recipe: Recipe, note: Callable[[str], None]) -> None:
