@@ -299,10 +299,16 @@ def test_what_a_comparison_says_of_ekd_is_not_said_of_its_other_runs(
     assert "one run with one seed" in card
 
 
-def test_a_comparison_of_another_recipe_is_refused(finished: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "change", "named"),
+    [("objective", {"kl": 0.5}, "objective"), ("train", {"epochs": 9, "seed": 7, "threads": 3}, r"train\.epochs")],
+)
+def test_a_comparison_of_another_recipe_is_refused(
+    finished: RunFolder, tmp_path: Path, part: str, change: dict[str, Any], named: str
+) -> None:
     comparison_of(finished, tmp_path / "fair")
-    (tmp_path / "fair" / "recipe.toml").write_text(changed(finished.recipe, objective={"kl": 0.5}).to_toml())
-    with pytest.raises(HubError, match="is of another recipe than the run's, with other settings of objective;"):
+    (tmp_path / "fair" / "recipe.toml").write_text(changed(finished.recipe, **{part: change}).to_toml())
+    with pytest.raises(HubError, match=rf"is of another recipe than the run's, with other settings of {named};"):
         save_run(finished, tmp_path / "model", comparison=tmp_path / "fair")
 
 

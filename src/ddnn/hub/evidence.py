@@ -16,6 +16,8 @@ from ddnn.report.comparison import Comparison, read
 
 METHOD = ("objective", "optim", "schedule", "augment")
 """Parts of a recipe in which a run is one of a comparison's method, or another."""
+LENGTH = ("epochs", "full_net_share", "batch_size", "ema")
+"""And of its `train`, where the rest is seeds and machines."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def _matching(folder: Path, run: RunFolder, summary: Mapping[str, Any]) -> Compa
     if (folder / "recipe.toml").is_file():
         theirs = recipes.reopen(folder / "recipe.toml")
         differing = [name for name in METHOD if getattr(theirs, name) != getattr(run.recipe, name)]
+        lengths = (theirs.train, run.recipe.train)
+        differing += [f"train.{name}" for name in LENGTH if len({getattr(train, name) for train in lengths}) > 1]
         if differing:
             raise HubError(
                 f"the comparison in {folder} is of another recipe than the run's, with other settings of "
