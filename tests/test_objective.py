@@ -259,9 +259,11 @@ def test_labels_may_be_mixed_or_smoothed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0}, "temperature=0 must be above 0"),
-        ({"kl": -1}, "must not be negative"),
-        ({"attention": {"resnet8": 1, "resnet14": -1}}, "must not be negative"),
+        ({"temperature": 0}, "temperature=0 must be a number above 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number above 0"),
+        ({"kl": -1}, "must be numbers and not negative"),
+        ({"kl": float("nan")}, "must be numbers and not negative"),
+        ({"attention": {"resnet8": 1, "resnet14": -1}}, "must be numbers and not negative"),
         ({"attention_map": "mean"}, "'mean' is not one of power, softmax"),
     ],
 )

@@ -12,6 +12,7 @@ features of the same resolution); formulas and weights are this project's. With 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -184,15 +185,15 @@ class EKD:
         label_smoothing: float = 0.0,
         ramp: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        if not temperature > 0:
-            raise DDNNError(f"temperature={temperature} must be above 0")
+        if not 0 < temperature < math.inf:
+            raise DDNNError(f"temperature={temperature} must be a number above 0")
         weights = [
             number
             for weight in (kl, attention, subnet_weight)
             for number in (weight.values() if isinstance(weight, Mapping) else [weight])
         ]
-        if min(label_smoothing, *weights) < 0:
-            raise DDNNError("kl, attention, subnet_weight and label_smoothing must not be negative")
+        if not all(0 <= number < math.inf for number in (label_smoothing, *weights)):  # a NaN is not
+            raise DDNNError("kl, attention, subnet_weight and label_smoothing must be numbers and not negative")
         if attention_map not in ATTENTION_MAPS:
             raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
         if not 0 <= ramp[0] <= ramp[1] <= 1:
