@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all examples lint install clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+.PHONY: demo test test-slow test-all examples lint install clean
 
 demo: $(VENV)/installed          ## install, train the demo, end with the table of sub-nets
 	$(BIN)/ddnn train
 
 test: $(VENV)/installed          ## install, pass the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
 
-test-all: examples               ## the slow tests too, those of the examples among them
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+test-slow: examples              ## the others, those of the examples among them
+	$(PYTEST) -m slow
+
+test-all: examples               ## all of them
+	$(PYTEST)
 
 lint: $(VENV)/installed          ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -32,14 +32,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 @pytest.mark.slow
 def test_sub_nets_of_a_good_network_need_few_epochs(tmp_path: Path) -> None:
-    """Three epochs after the full-net was trained, against eight from scratch."""
+    """Four epochs after the full-net was trained, against eight from scratch."""
     recipe_ = ["digits", "network.width=8", "data.validation=0.2", "train.epochs=8"]
-    pretrained.main([*recipe_, "--out", str(tmp_path), "--epochs", "3"])
+    pretrained.main([*recipe_, "--out", str(tmp_path), "--epochs", "4"])
     nets = json.loads((tmp_path / "pretrained.json").read_text())["nets"]
     assert nets["resnet20"]["alone"] > 0.95
     assert nets["resnet20"]["nested"][-1] > nets["resnet20"]["alone"] - 0.03  # what the full-net keeps
     for name in ("resnet8", "resnet14"):
-        assert nets[name]["nested"][-1] > nets[name]["alone"] - 0.06, name
+        assert nets[name]["nested"][-1] > nets[name]["alone"] - 0.03, name
 
 
 def test_the_comparison_says_what_its_runs_say(measured: tuple[Path, dict[str, dict[str, object]]]) -> None:

@@ -14,6 +14,9 @@ from ddnn.evaluate import macs, ratio, side_by_side
 from ddnn.network import DDNN
 from ddnn.objective import EKD
 
+BUDGET_S = 4.0
+"""Seconds to measure for."""
+
 
 class StepCost(TypedDict):
     """One joint step against one step of every net trained alone."""
@@ -37,7 +40,7 @@ def step_cost(
     *,
     bf16: bool = False,
     lean: bool = False,
-    budget_s: float = 4.0,
+    budget_s: float = BUDGET_S,
 ) -> StepCost:
     """Measure on copies, with steps taken in turns; `net` is left as it is."""
 

@@ -25,7 +25,7 @@ from ddnn import data
 from ddnn.branchwise import branchwise_backward
 from ddnn.build import build, make_objective
 from ddnn.checkpoint import RunFolder
-from ddnn.cost import step_cost
+from ddnn.cost import BUDGET_S, step_cost
 from ddnn.data import DataSet, stream_key
 from ddnn.device import (
     PeakMemory,
@@ -347,7 +347,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
             target[:part],
             bf16=recipe.train.precision == "bf16",
             lean=recipe.train.lean,
-            budget_s=min(4.0, trained_s),  # no longer than the training itself took
+            budget_s=min(BUDGET_S, trained_s),  # no longer than the training itself took
         )
         if len(net.depths) > 1
         else None,

@@ -66,12 +66,8 @@ def predict(
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
     model = ddnn.load(bundle, threads=threads, shared=shared)
     if latency_ms is not None:
-        try:
+        with _told(as_json, predictions=[]):
             depth = model.within(latency_ms=latency_ms)
-        except BudgetError as error:
-            if as_json:
-                print(json.dumps({"predictions": [], "reason": str(error)}, indent=2))
-            raise
     thresholds = None
     if cascade:
         chosen = threshold or model.thresholds()
@@ -95,6 +91,17 @@ def predict(
         print(json.dumps({"predictions": found}, indent=2))
     if any("error" in each for each in found):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _told(as_json: bool, **nothing: Any) -> Iterator[None]:
+    """Where no depth fits, print `nothing` and the reason as JSON, if that is wanted, before it ends in the error."""
+    try:
+        yield
+    except BudgetError as error:
+        if as_json:
+            print(json.dumps({**nothing, "reason": str(error)}, indent=2))
+        raise
 
 
 def _show(path: Path, prediction: "Prediction") -> None:
@@ -224,12 +231,8 @@ def pick(
     manifest = read(bundle)
     condition = profiles.Condition(batch, threads or available_cpus(), shared)
     rows = profiles.read(manifest, this_machine()).rows_for(condition, manifest.nets, manifest.folder)
-    try:
+    with _told(as_json, depth=None):
         choice = profiles.pick(rows, manifest.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95)
-    except BudgetError as error:
-        if as_json:
-            print(json.dumps({"depth": None, "reason": str(error)}, indent=2))
-        raise
     if as_json:
         print(json.dumps({"top1": choice.top1, **asdict(choice.row)}, indent=2))
         return

@@ -81,8 +81,7 @@ def train(
             chosen = recipes.by_itself(chosen)
         folder = out or Path("runs") / f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         create = RunFolder.create_or_open if launched else RunFolder.create
-        # made by the first, perhaps elsewhere
-        run = create(folder, chosen) if first else RunFolder(folder, chosen)
+        run = create(folder, chosen) if first else RunFolder(folder, chosen)  # made by the first, perhaps elsewhere
     if not first:
         train_run(run, Silent())
         return

@@ -62,9 +62,8 @@ def compare(
 
     A training that fails does not stop the others; `RunError` names the failed ones at the end.
     """
-    _check_folder(folder)
-    begun = folder / "recipe.toml"
-    recipe = settled(recipe, recipes.reopen(begun) if begun.exists() else None)
+    begun = _begun(folder)
+    recipe = settled(recipe, begun)
     check(recipe)
     net = build(recipe.network.unweighted(), num_classes=2)
     nets = list(net.depths)
@@ -82,7 +81,7 @@ def compare(
     if isinstance(engine, Local) and any(summary_of(folder, job) is None for job in plan(recipe, methods, seeds, nets)):
         check_precision(choose_device(recipe.train.device), recipe.train.precision)
         data.check(recipe.data)  # the hosts of a cluster may have them where this one has not
-    _open(folder, recipe, watcher.note)
+    _open(folder, recipe, begun, watcher.note)
     for sentence in left_out:
         watcher.note(sentence)
     try:
@@ -146,29 +145,30 @@ def _reason(folder: Path, name: str) -> str:
     return f"The first of them ended with: {said}. " if said else ""
 
 
-def _check_folder(folder: Path) -> None:
-    """`RunError` for what is no place for a comparison."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} exists and is no comparison; give another --out")
+def _begun(folder: Path) -> Recipe | None:
+    """The recipe of the comparison in a folder; None where there is none yet. `RunError` for any other folder."""
     if any((folder / part).exists() for part in ("run.json", "checkpoints", "summary.json")):
         raise RunError(f"{folder} holds a run, not a comparison; give another --out")
+    if (folder / "recipe.toml").exists():
+        return recipes.reopen(folder / "recipe.toml")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and is no comparison; give another --out")
+    return None
 
 
-def _open(folder: Path, recipe: Recipe, note: Callable[[str], None]) -> None:
-    """Make the folder, or check that it is a comparison of this recipe.
+def _open(folder: Path, recipe: Recipe, begun: Recipe | None, note: Callable[[str], None]) -> None:
+    """Make the folder, or check that the comparison `begun` there is of this recipe.
 
     Of another recipe it may be as long as nothing is trained by that: then it begins anew.
     """
     path = folder / "recipe.toml"
-    if path.exists():
-        if recipes.reopen(path) == recipe:
-            return
+    if begun == recipe:
+        return
+    if begun is not None:
         if any(folder.glob("runs/*/summary.json")) or any(folder.glob("runs/*/checkpoints/step-*.pt")):
             raise RunError(f"{folder} holds a comparison of another recipe (see {path}); give another --out")
         for run in filter(Path.is_dir, folder.glob("runs/*")):
             with RunFolder(run, recipe).held():
                 shutil.rmtree(run)
         note(f"{folder} held a comparison of another recipe that had trained nothing yet; it begins anew")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists and is no comparison; give another --out")
     write_atomic(path, recipe.to_toml().encode())

@@ -32,6 +32,7 @@ from ddnn.errors import BundleError, ExportError
 from ddnn.files import hold, new_folder, remove_unused
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import Checked, File, Manifest, check_file
+from ddnn.runtime.profile import text_of
 from ddnn.runtime.sessions import first_line, options
 
 if TYPE_CHECKING:
@@ -103,21 +104,13 @@ class Shared:
 def _read(manifest: Manifest, folder: Path) -> tuple[dict[str, Any], Checked] | None:
     """The index and its files; None where there is no copy of this bundle, or a damaged one."""
     try:
-        if not (folder / INDEX).is_file():  # a pipe would be waited for
-            return None
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(text_of(folder / INDEX))
         checksum = index.pop("sha256")
         if checksum != _checksum(index) or index["bundle"] != manifest.digest:
             return None
         stamps = {folder / name: check_file(folder / name, File(**about)) for name, about in index["files"].items()}
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ):  # a `BundleError` is a `ValueError`
+    # a `BundleError` is a `ValueError`
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return None
     return index, Checked(manifest.folder, stamps)
 
