@@ -1,10 +1,13 @@
 """Convolutions as matrix products against the library's."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddnn.autocast import Convolution, MatrixProducts, _as_products, autocast
+import ddnn.autocast
+from ddnn.autocast import NONE, Convolution, MatrixProducts, Parts, _as_products, _as_products_in_float32, autocast
 from ddnn.branchwise import branchwise_backward
 from ddnn.families import build
 from ddnn.network import DDNN, nest
@@ -53,7 +56,7 @@ def test_products_are_the_convolution_and_its_gradients(name: str, layout: torch
         drawn(*shape).to(memory_format=layout) for shape in ((n, channels, size, size), (outputs, channels, *kernel))
     )
     assert _as_products(x.shape, w.shape, s, p) == parts
-    ours = made(lambda x, w: Convolution.apply(x, w, s, p), x, w)
+    ours = made(lambda x, w: Convolution.apply(x, w, s, p, Parts(*parts)), x, w)
     theirs = made(lambda x, w: torch.conv2d(x, w, None, s, p), x, w)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -69,7 +72,7 @@ def test_they_can_be_differentiated_twice_and_by_transforms() -> None:
         return list(torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w)))
 
     def ours(x: Tensor, w: Tensor) -> Tensor:
-        return Convolution.apply(x, w, (1, 1), (1, 1))  # type: ignore[no-any-return]
+        return Convolution.apply(x, w, (1, 1), (1, 1), Parts(True, True, True))  # type: ignore[no-any-return]
 
     def theirs(x: Tensor, w: Tensor) -> Tensor:
         return torch.conv2d(x, w, None, 1, 1)
@@ -133,9 +136,30 @@ def test_what_is_no_plain_convolution_in_16_bits_is_left_to_the_library() -> Non
             theirs = call()
             with MatrixProducts():
                 assert torch.equal(call(), theirs)
-    theirs = torch.conv2d(x, w, padding=1)
+
+
+@pytest.mark.parametrize("avx2", [True, False], ids=["AVX2", "AVX-512"])
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32_the_gradient_of_weights_is_a_product_and_nothing_else(
+    name: str, avx2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ddnn.autocast, "AVX2", avx2)
+    (n, channels, size, outputs, kernel, stride, padding), _ = CASES[name]
+    x, w = (drawn(*shape, dtype=torch.float32) for shape in ((n, channels, size, size), (outputs, channels, *kernel)))
+
+    def conv(x: Tensor, w: Tensor) -> Tensor:
+        return torch.conv2d(x, w, None, stride, padding)
+
+    theirs = made(conv, x, w)
     with MatrixProducts():
-        assert torch.equal(torch.conv2d(x, w, padding=1), theirs), "float32 without autocast"
+        ours = made(conv, x, w)
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(a, b)
+    exact = made(conv, x.double(), w.double())[2]
+    assert (ours[2].double() - exact).norm() < 1e-5 * exact.norm()
+    positions = ours[0][:, 0].numel()
+    chosen = _as_products_in_float32(x.shape, w.shape, pair(stride), pair(padding))
+    assert chosen == NONE._replace(of_weight=positions <= (8 * outputs if avx2 else outputs // 2))
 
 
 def test_a_weight_is_halved_once_and_its_gradient_is_not_lost() -> None:
@@ -199,14 +223,40 @@ def test_a_joint_step_with_products_is_as_near_to_the_truth_as_one_without() -> 
     assert any(not torch.equal(found[0][name], found[1][name]) for name in true), "they were made otherwise"
 
 
-def test_a_narrow_network_is_left_alone_and_so_is_every_other_precision() -> None:
+def test_a_joint_step_in_float32_differs_in_the_gradients_of_weights_alone() -> None:
+    net = wide().eval()
+    x, target = drawn(4, 3, 32, 32, dtype=torch.float32), torch.arange(4)
+
+    def step(products: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        net.zero_grad()
+        with autocast(net, CPU, enabled=False) if products else nullcontext():
+            outputs = net(x, energies=True)
+        torch.stack(list(EKD()(outputs, target).values())).sum().backward()
+        logits = {name: output.logits for name, output in outputs.items()}
+        return logits, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    (logits, ours), (expected, theirs) = step(True), step(False)
+    assert all(torch.equal(logits[name], expected[name]) for name in logits)
+    differing = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert differing, "they were made otherwise"
+    assert all(theirs[name].ndim == 4 for name in differing)
+    for name in differing:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_network_is_left_alone_and_so_is_float64() -> None:
     narrow = nn.Conv2d(64, 64, 3, padding=1, bias=False)
     x = drawn(1, 64, 2, 2, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = narrow(x)
     with autocast(narrow, CPU):
         assert torch.equal(narrow(x), theirs)
-    broad = nn.Conv2d(64, 128, 3, padding=1, bias=False)
-    theirs = broad(x)
+    broad = nn.Conv2d(64, 128, 3, padding=1, bias=False).double()
+    x = x.double()
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(broad(x).square().sum(), broad.weight)[0]
+
+    theirs = gradient()
     with autocast(broad, CPU, enabled=False):
-        assert torch.equal(broad(x), theirs)
+        assert torch.equal(gradient(), theirs)

@@ -1,14 +1,17 @@
-"""Forwards in 16 bits: torch's autocast and, on a CPU, convolutions of few positions as matrix products.
+"""The forward of a training step: torch's autocast to 16 bits and, on a CPU, convolutions of few positions as products.
 
 Deep in a network a feature has few positions and many channels. Of a convolution there, the library moves the weights
 about, into the layout of its kernels and back, for longer than it multiplies: 512 channels on 2 x 2 positions take five
-times as long as the matrix product of the same numbers, the gradient of their weights ten times. So such convolutions
-are written as what they are, a product of the windows of the image, one to a row, with the weights.
+times as long as the matrix product of the same numbers in 16 bits, the gradient of their weights ten times. So such
+convolutions are written as what they are, a product of the windows of the image, one to a row, with the weights.
+
+In float32 it is the gradient of the weights alone that is worth it, two to five times as fast on few positions. All
+that goes forward stays the library's, bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +29,36 @@ COPIED_FOR_WEIGHTS = 8
 """... and for the gradient of the weights, with which the library is slower, up to this many positions for each output
 channel."""
 
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""The widest instructions that torch finds: a processor without AVX-512."""
+
 WIDE = 128
 """Channels of an output with less than which a network has nothing to gain."""
 
 Pair = tuple[int, int]
 
 
+class Parts(NamedTuple):
+    """Of a convolution, which are matrix products."""
+
+    forward: bool
+    of_image: bool
+    of_weight: bool
+    """The gradients."""
+
+
+NONE = Parts(forward=False, of_image=False, of_weight=False)
+
+
 @contextmanager
 def autocast(net: nn.Module, device: torch.device, enabled: bool = True) -> Iterator[None]:
-    """Autocast to bfloat16, on a CPU with `MatrixProducts` if the net may gain by them; nothing unless `enabled`.
+    """Autocast to bfloat16 if `enabled`, and on a CPU, then or not, `MatrixProducts` if the net may gain by them.
 
     For a forward of this net alone: backward, and losses, belong outside.
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         # to look at every call costs a network of few channels a fiftieth of its step
-        if enabled and device.type == "cpu" and any(map(_wide, net.modules())):
+        if device.type == "cpu" and any(map(_wide, net.modules())):
             with MatrixProducts():
                 yield
         else:
@@ -52,11 +70,11 @@ def _wide(module: nn.Module) -> bool:
 
 
 class MatrixProducts(TorchFunctionMode):
-    """Within it, and under autocast to bfloat16 on a CPU, `conv2d` of few positions is a matrix product.
+    """Within it, on a CPU, `conv2d` of few positions is a matrix product under autocast to bfloat16.
 
-    The same within rounding to 16 bits; sums are in 32, as the library's. What comes in float32 or float64 without
-    autocast is left to the library, and so are convolutions with groups, dilation or bias. The networks stay as they
-    are: it is the call that is another.
+    The same within rounding to 16 bits; sums are in 32, as the library's. In float32 without autocast the gradient of
+    the weights is one, and the rest the library's. Whatever comes in float64, and convolutions with groups, dilation or
+    bias, are left alone. The networks stay as they are: it is the call that is another.
     """
 
     def __init__(self) -> None:
@@ -87,11 +105,19 @@ class MatrixProducts(TorchFunctionMode):
     ) -> Tensor:
         """`torch.conv2d`."""
         plain = bias is None and groups == 1 and _pair(dilation) == (1, 1) and input.ndim == 4
-        if plain and _halves(input) and _halves(weight) and not isinstance(padding, str):
+        if plain and not isinstance(padding, str):
             strides, pads = _pair(stride), _pair(padding)
-            if any(_as_products(input.shape, weight.shape, strides, pads)):
-                made: Tensor = Convolution.apply(input.to(torch.bfloat16), self.half(weight), strides, pads)
-                return made
+            made: Tensor
+            if _halves(input) and _halves(weight):
+                parts = _as_products(input.shape, weight.shape, strides, pads)
+                if any(parts):
+                    made = Convolution.apply(input.to(torch.bfloat16), self.half(weight), strides, pads, parts)
+                    return made
+            elif _single(input) and _single(weight):
+                parts = _as_products_in_float32(input.shape, weight.shape, strides, pads)
+                if any(parts):
+                    made = Convolution.apply(input, weight, strides, pads, parts)
+                    return made
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
     def half(self, weight: Tensor) -> Tensor:
@@ -106,37 +132,36 @@ class MatrixProducts(TorchFunctionMode):
 
 
 class Convolution(torch.autograd.Function):
-    """A convolution [N, C, H, W] with weights [D, C, h, w], whose parts are matrix products where that is faster."""
+    """A convolution [N, C, H, W] with weights [D, C, h, w], of which these parts are matrix products."""
 
     @staticmethod
-    def forward(image: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    def forward(image: Tensor, weight: Tensor, stride: Pair, padding: Pair, parts: Parts) -> Tensor:
         """To a map [N, D, H', W']."""
-        if not _as_products(image.shape, weight.shape, stride, padding)[0]:
+        if not parts.forward:
             return torch.conv2d(image, weight, None, stride, padding)
         size = _size(image.shape, weight.shape, stride, padding)
         y = _map(_windows(image, _kernel(weight.shape), stride, padding) @ _rows(weight).t(), len(image), size)
         return y if channels_last(image) or channels_last(weight) else y.contiguous()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Pair, Pair], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Pair, Pair, Parts], output: Tensor) -> None:
         """Keep what backward needs."""
-        image, weight, ctx.stride, ctx.padding = inputs
+        image, weight, ctx.stride, ctx.padding, ctx.parts = inputs
         ctx.save_for_backward(image, weight)
-        _, ctx.of_image, ctx.of_weight = _as_products(image.shape, weight.shape, ctx.stride, ctx.padding)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """To those of image and weight."""
         (gradient,) = gradients
         image, weight = ctx.saved_tensors
         wants_image, wants_weight, *_ = ctx.needs_input_grad
         kernel, channels = _kernel(weight.shape), image.shape[1]
         of_image = of_weight = None
-        if wants_weight and ctx.of_weight:
+        if wants_weight and ctx.parts.of_weight:
             windows = _windows(image, kernel, ctx.stride, ctx.padding)
             by_channel = gradient.permute(0, 2, 3, 1).flatten(0, 2).t()
             of_weight = _map(by_channel @ windows, len(weight), kernel)
-        if wants_image and ctx.of_image:
+        if wants_image and ctx.parts.of_image:
             # at every position of the image, what its part in the outputs around it was multiplied by
             around = (kernel[0] - 1 - ctx.padding[0], kernel[1] - 1 - ctx.padding[1])
             windows = _windows(gradient, kernel, (1, 1), around, turned=True)
@@ -148,28 +173,40 @@ class Convolution(torch.autograd.Function):
             options = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, rest)
             left = torch.ops.aten.convolution_backward(gradient, image, weight, *options)
             of_image, of_weight = (left[i] if rest[i] else done for i, done in enumerate((of_image, of_weight)))
-        return of_image, of_weight, None, None
+        return of_image, of_weight, None, None, None
 
 
-def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> tuple[bool, bool, bool]:
-    """Whether the convolution, the gradient of its image and that of its weights are faster as matrix products."""
-    # whatever the library would refuse is left to it, to say what is wrong
-    if len(weight) != 4 or min(image[1], *stride) < 1 or min(padding) < 0:
-        return False, False, False
+def _positions(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> int:
+    """Of all images together, in the output; 0 for what the library refuses, which is left to say what is wrong."""
+    if len(weight) != 4 or image[1] != weight[1] or min(image[1], *stride) < 1 or min(padding) < 0:
+        return 0
     high, wide = _size(image, weight, stride, padding)
-    if min(image[0], high, wide) < 1 or image[1] != weight[1]:
-        return False, False, False
-    positions, kernel = image[0] * high * wide, _kernel(weight)
+    return max(image[0], 0) * max(high, 0) * max(wide, 0)
+
+
+def _as_products(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> Parts:
+    """Which parts of a convolution are faster as matrix products, in 16 bits."""
+    positions = _positions(image, weight, stride, padding)
+    if not positions:
+        return NONE
+    kernel = _kernel(weight)
     # of a larger stride, windows of the gradient would be mostly zeros; more padding than kernel has no windows
     turns = stride == (1, 1) and padding[0] < kernel[0] and padding[1] < kernel[1]
     if kernel == (1, 1) and padding == (0, 0):
         few = positions <= FEW
-        return few, few and turns, few
-    return (
+        return Parts(few, few and turns, few)
+    return Parts(
         COPIED * positions <= weight[0],
         COPIED * positions <= weight[1] and turns,
         positions <= COPIED_FOR_WEIGHTS * weight[0],
     )
+
+
+def _as_products_in_float32(image: torch.Size, weight: torch.Size, stride: Pair, padding: Pair) -> Parts:
+    """The same in float32. Without AVX-512 the library's gradient of the weights is slower than theirs for longer."""
+    positions = _positions(image, weight, stride, padding)
+    few = positions <= COPIED_FOR_WEIGHTS * weight[0] if AVX2 else COPIED * positions <= weight[0]
+    return NONE._replace(of_weight=positions > 0 and few)
 
 
 def _windows(image: Tensor, kernel: Pair, stride: Pair, padding: Pair, *, turned: bool = False) -> Tensor:
@@ -207,6 +244,11 @@ def _kernel(weight: torch.Size) -> Pair:
 
 def _pair(given: int | Pair) -> Pair:
     return (given, given) if isinstance(given, int) else (given[0], given[-1])
+
+
+def _single(x: Tensor) -> bool:
+    """Whether this tensor is in float32, on a CPU, and stays so."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def _halves(x: Tensor) -> bool:
