@@ -20,7 +20,8 @@ compiled_ekd_over_joint
                     the same step / joint step with cross-entropy only, compiled as well; with --compile-both only
 recompiles          compilations after warm-up
 
-The first time on a machine, compiling takes 45 s for the first preset, 70 s and 3.5 minutes for the others.
+The first time on a machine, compiling takes 45 s for the first preset, 70 s and 3.5 minutes for the others; later a
+third of that.
 """
 
 import argparse
