@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddnn import cli, recipe, trainer
+from ddnn import cli, cost, evaluate, recipe, trainer
 from ddnn.checkpoint import RunFolder
 
 TINY = (
@@ -77,12 +78,10 @@ def ddnn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def _measure_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latency and step cost are measured for real, but not for seconds."""
-    step_cost, latency_ms = trainer.step_cost, trainer.measures.__globals__["latency_ms"]
-    monkeypatch.setattr(trainer, "step_cost", lambda *a, **k: step_cost(*a, **{**k, "budget_s": 0.0}))
-    side_by_side = latency_ms.__globals__["side_by_side"]
-    quick = lambda calls, device, budget_s, warmup=3: side_by_side(calls, device, 0.0, 1)  # noqa: E731
-    monkeypatch.setitem(latency_ms.__globals__, "side_by_side", quick)
+    """Latency and step cost are measured for real, but once, and not for seconds."""
+    once = partial(evaluate.side_by_side, warmup=0, least=1)
+    for module in (evaluate, cost):
+        monkeypatch.setattr(module, "side_by_side", lambda calls, device, budget_s: once(calls, device, 0.0))
 
 
 @pytest.fixture(autouse=True)

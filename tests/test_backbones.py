@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "[1,1]",
             ["blocks[0:2]", "blocks[2:4]"],
         ),
-        ("torchvision/shufflenet_v2_x0_5", 32, {}, "{stage3 = 2}", None),
+        pytest.param("torchvision/shufflenet_v2_x0_5", 32, {}, "{stage3 = 2}", None, marks=pytest.mark.slow),
     ],
 )
 def test_train_and_extract(

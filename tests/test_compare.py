@@ -162,6 +162,7 @@ def test_teachers_come_before_their_students() -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_the_epochs_of_the_full_net_cost_less(tmp_path: Path) -> None:
     recipe = tiny_recipe("train.epochs=3", "train.full_net_share=0.7", "train.alone_share=0.7")
     content = json.loads(compare(tmp_path, recipe, ["ekd", "alone"], 1, Silent()).read_text())
@@ -175,6 +176,7 @@ def test_the_epochs_of_the_full_net_cost_less(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_a_whole_comparison(tmp_path: Path) -> None:
     folder, recipe, watcher = tmp_path / "fair", tiny_recipe(), Silent()
     path = compare(folder, recipe, list(METHODS), 1, watcher)

@@ -128,6 +128,7 @@ def test_a_part_starts_at_what_the_first_net_on_its_path_made() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_nets_that_share_no_work_run_from_the_images(tmp_path: Path) -> None:
     net = small()
     for name, one in net.nets.items():

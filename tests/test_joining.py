@@ -49,7 +49,13 @@ def test_who_follows_is_as_if_nested_anew(norm: NormPolicy, head: HeadPolicy) ->
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("network", ["densenet121-169-201", "vgg11-13-16-19-bn", "convnext-tiny-small"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        "convnext-tiny-small",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("densenet121-169-201", "vgg11-13-16-19-bn")),
+    ],
+)
 def test_other_families_follow_too(network: str) -> None:
     net = build(recipes.Network(name=network), 10, 32)
     full_net = net.nets[net.full_name]

@@ -77,7 +77,13 @@ def test_late_parts_latest_and_balanced_is_most_even(suggestion: Suggestion) -> 
     assert "most equal shares" in balanced.why
 
 
-@pytest.mark.parametrize("family", ["torchvision DenseNet", "torchvision MobileNetV2", "timm Swin", "timm ViT"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "torchvision DenseNet",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("torchvision MobileNetV2", "timm Swin", "timm ViT")),
+    ],
+)
 def test_any_family(family: str) -> None:
     small = SMALL[family]
     made = suggest(small.make(small.full), "net", shares=[0.9], image_size=small.size, device=CPU)

@@ -102,7 +102,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [v if v in ("plain", "lean", "joined") else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
 def test_resume_after_a_kill_at_any_step_is_bitwise(tiny: Make, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     monkeypatch.setattr(trainer, "LOOK_EVERY", 1)  # a checkpoint after every step
     whole = tiny("whole", *VARIANTS[variant])
