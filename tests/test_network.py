@@ -267,6 +267,8 @@ def test_only_runs_what_is_asked_for() -> None:
     assert list(net(x, only="resnet14")) == ["resnet14"]
     with pytest.raises(NestingError, match="only names no net of this DDNN; it has resnet8, resnet14, resnet20"):
         net(x, only=[])
+    with pytest.raises(NestingError, match="no net 8 in this DDNN"):
+        net(x, only=8)
 
 
 def test_recalibrated_statistics_are_the_plain_averages() -> None:
@@ -310,11 +312,20 @@ def test_stages_can_be_named() -> None:
         ({"a.b": (2, 2, 2, 2)}, "can't name a net"),
         ({"training": (2, 2, 2, 2)}, "can't name a net"),
         ({"resnet50": (3, 4, 6, 3)}, "resnet50 is made of bottleneck blocks and this full-net of basic blocks"),
+        ({"a": 2}, r"sub-net a: 2 is no number of blocks for each stage \(layer1: 3"),
+        ({1: (2, 2, 2, 2)}, "1 can't name a net"),
+        ([(2, 2, 2, 2)], r"by name how many blocks each keeps, such as \{'small': \(1, 1, 1, 1\)\}; .* type list"),
+        (None, "of type NoneType"),
     ],
 )
 def test_depths_that_do_not_nest(subnets: dict[str, object], message: str) -> None:
     with pytest.raises(NestingError, match=message):
         nest(torchvision.models.resnet34(), subnets)
+
+
+def test_what_is_no_network_is_said_to_be_none() -> None:
+    with pytest.raises(NestingError, match=r"must be a network, a torch\.nn\.Module; this is of type str"):
+        nest("resnet34", {"resnet18": (2, 2, 2, 2)})
 
 
 def test_policies_are_checked() -> None:

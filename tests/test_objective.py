@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import ddnn
 from ddnn.errors import DDNNError
@@ -115,6 +116,30 @@ def test_a_feature_of_zeros_has_a_finite_gradient() -> None:
 def test_no_nets_are_an_error() -> None:
     with pytest.raises(DDNNError, match="at least one net"):
         EKD()({}, torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.tensor([0, 1, 10]), "target has classes 0 to 10, but the network knows 0 to 9"),
+        (torch.tensor([0, 1]), r"must hold 3 classes, or probabilities of 10 .* its shape is \(2,\)"),
+        (torch.rand(3, 7), r"must hold 3 classes, or probabilities of 10 .* its shape is \(3, 7\)"),
+        (torch.rand(3), "must hold classes as whole numbers; these are of type torch.float32"),
+    ],
+)
+def test_a_target_of_other_classes_is_named(target: Tensor, message: str) -> None:
+    with pytest.raises(DDNNError, match=message):
+        EKD()({"full": Output(randn(3, 10), ())}, target)
+
+
+def test_a_teacher_of_other_classes_is_named() -> None:
+    student, teacher = Output(randn(3, 10), (randn(3, 2, 4, 4),)), Output(randn(3, 7), (randn(3, 2, 4, 4),))
+    with pytest.raises(DDNNError, match="resnet8 knows 10 classes, its teacher 7"):
+        EKD()({"resnet8": student}, torch.arange(3), teacher)
+    with pytest.raises(DDNNError, match="teacher: the objective takes outputs as a DDNN gives them, not a dict"):
+        EKD()({"resnet8": student}, torch.arange(3), {"full": teacher})
+    with pytest.raises(DDNNError, match="resnet8: the objective takes outputs as a DDNN gives them, not a Tensor"):
+        EKD()({"resnet8": student.logits}, torch.arange(3))
 
 
 def test_attention_of_another_resolution_is_an_error() -> None:
@@ -265,6 +290,12 @@ def test_labels_may_be_mixed_or_smoothed() -> None:
         ({"kl": float("nan")}, "must be numbers and not negative"),
         ({"attention": {"resnet8": 1, "resnet14": -1}}, "must be numbers and not negative"),
         ({"attention_map": "mean"}, "'mean' is not one of power, softmax"),
+        ({"kl": None}, "must be numbers and not negative"),
+        ({"attention": {"resnet8": "1"}}, "must be numbers and not negative"),
+        ({"temperature": "3"}, "temperature='3' must be a number above 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5 must be a number from 0 to 1"),
+        ({"ramp": 0.5}, "ramp=0.5 must be two shares of the training"),
+        ({"ramp": (0, 0.5, 1)}, "must be two shares of the training"),
     ],
 )
 def test_bad_weights(arguments: dict[str, object], message: str) -> None:

@@ -104,7 +104,7 @@ class DDNN(nn.Module):
 
     def chosen(self, only: Iterable[str] | None) -> list[str]:
         """The nets of these names, shallow to deep; all of them for None. Raises `NestingError` for other names."""
-        if isinstance(only, str):
+        if isinstance(only, str) or not isinstance(only, Iterable | None):
             only = [only]
         wanted = set(self.depths if only is None else map(self._known, only))
         if not wanted:

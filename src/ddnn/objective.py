@@ -14,6 +14,7 @@ features of the same resolution); formulas and weights are this project's. With 
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +31,11 @@ Weight = float | Mapping[str, float]
 """Of a term of the objective: one for all students, or one by name."""
 
 
+def _is_weight(value: object) -> bool:
+    """Whether it is a finite number, and not negative."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf  # type: ignore[operator]
+
+
 def _times(weight: Weight, factor: float) -> Weight:
     if isinstance(weight, Mapping):
         return {name: factor * value for name, value in weight.items()}
@@ -37,8 +43,24 @@ def _times(weight: Weight, factor: float) -> Weight:
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over the batch. `target` holds class indices [N] or class probabilities [N, classes]."""
-    return F.cross_entropy(logits.to(precise(logits)), target, label_smoothing=label_smoothing)
+    """Mean over the batch. `target` holds class indices [N] or class probabilities [N, classes].
+
+    Raises `DDNNError` for a target of other classes or another number of images.
+    """
+    images, classes = logits.shape[:2]
+    if logits.ndim == 2 and target.shape not in ((images,), (images, classes)):
+        raise DDNNError(
+            f"target must hold {images} classes, or probabilities of {classes} classes for {images} images, as many as "
+            f"the logits; its shape is {tuple(target.shape)}"
+        )
+    if target.ndim == 1 and target.is_floating_point():
+        raise DDNNError(f"target must hold classes as whole numbers; these are of type {target.dtype}")
+    try:
+        return F.cross_entropy(logits.to(precise(logits)), target, label_smoothing=label_smoothing)
+    except IndexError:  # on a CPU; a GPU's own message comes later
+        raise DDNNError(
+            f"target has classes {int(target.min())} to {int(target.max())}, but the network knows 0 to {classes - 1}"
+        ) from None
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -185,19 +207,22 @@ class EKD:
         label_smoothing: float = 0.0,
         ramp: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        if not 0 < temperature < math.inf:
-            raise DDNNError(f"temperature={temperature} must be a number above 0")
+        if not _is_weight(temperature) or temperature == 0:
+            raise DDNNError(f"temperature={temperature!r} must be a number above 0")
         weights = [
             number
             for weight in (kl, attention, subnet_weight)
             for number in (weight.values() if isinstance(weight, Mapping) else [weight])
         ]
-        if not all(0 <= number < math.inf for number in (label_smoothing, *weights)):  # a NaN is not
-            raise DDNNError("kl, attention, subnet_weight and label_smoothing must be numbers and not negative")
+        if not all(map(_is_weight, weights)):
+            raise DDNNError("kl, attention and subnet_weight must be numbers and not negative, one or one by name")
+        if not _is_weight(label_smoothing) or label_smoothing > 1:
+            raise DDNNError(f"label_smoothing={label_smoothing!r} must be a number from 0 to 1")
         if attention_map not in ATTENTION_MAPS:
             raise DDNNError(f"attention_map={attention_map!r} is not one of {', '.join(get_args(AttentionMap))}")
-        if not 0 <= ramp[0] <= ramp[1] <= 1:
-            raise DDNNError(f"ramp={ramp} must be two shares of the training, 0 <= first <= second <= 1")
+        shares = list(ramp) if isinstance(ramp, Sequence) else []
+        if len(shares) != 2 or not all(map(_is_weight, shares)) or not shares[0] <= shares[1] <= 1:
+            raise DDNNError(f"ramp={ramp!r} must be two shares of the training, 0 <= first <= second <= 1")
         if labels not in ("all", "full-net"):
             raise DDNNError(f"labels={labels!r} is not one of all, full-net")
         self.temperature = temperature
@@ -245,6 +270,11 @@ class EKD:
         students = dict(outputs)
         if not students:
             raise DDNNError("the objective needs the outputs of at least one net; there are none")
+        for what, output in (*students.items(), ("teacher", teacher)):
+            if not isinstance(output, Output | None):
+                raise DDNNError(
+                    f"{what}: the objective takes outputs as a DDNN gives them, not a {type(output).__name__}"
+                )
         terms: dict[str, Tensor] = {}
         with torch.autocast(target.device.type, enabled=False):
             if teacher is None:
@@ -264,6 +294,11 @@ class EKD:
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
                 kl, attention = self._weight("kl", name), self._weight("attention", name)
                 if log_p is not None and kl:
+                    if student.logits.shape != log_p.shape:
+                        raise DDNNError(
+                            f"{name} knows {student.logits.shape[1]} classes, its teacher {log_p.shape[1]}; posteriors "
+                            "can be compared over the same classes only"
+                        )
                     terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
                 if attention:
                     distance = _map_distance(_stages(student), teacher_maps, self.attention_map)

@@ -23,6 +23,12 @@ from ddnn.optimizer import make_optimizer, make_scheduler, take_in_late
 from ddnn.processes import ALONE, Processes
 from ddnn.recipe import Recipe
 
+WHAT_NOW = (
+    "the last good checkpoint, if there was one yet, is kept. A lower optim.lr or optim.clip_norm usually helps, and "
+    "train.precision=float32 where it is bf16"
+)
+"""After numbers that are none."""
+
 
 @dataclass
 class Sums:
@@ -50,10 +56,7 @@ class Sums:
             values = processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
             for name, value in zip(terms, values, strict=False):
                 if value - value != 0:  # neither infinite nor NaN
-                    raise RunError(
-                        f"the loss is no longer finite: term {name} is {value} at step {step}; the last good "
-                        "checkpoint is kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
-                    )
+                    raise RunError(f"the loss is no longer finite: term {name} is {value} at step {step}; {WHAT_NOW}")
                 self.terms[name] = self.terms.get(name, 0.0) + value
             for name, count in zip(right, values[len(terms) :], strict=False):
                 self.top1[name] = self.top1.get(name, 0) + int(count)
@@ -224,10 +227,7 @@ class State:
         """`RunError` if a weight or statistic is no longer a number: the loss tells of that only a step later."""
         for name, tensor in self.kept_net.state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise RunError(
-                    f"the weights are no longer finite: {name} after step {self.step}; the last good checkpoint is "
-                    "kept. A lower optim.lr, optim.clip_norm or precision=float32 usually helps"
-                )
+                raise RunError(f"the weights are no longer finite: {name} after step {self.step}; {WHAT_NOW}")
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """What every piece of forward runs in."""

@@ -33,6 +33,8 @@ def check_policies(net: nn.Module, anatomy: Anatomy, norm: NormPolicy, head: Hea
 def check_network(net: nn.Module) -> None:
     """`NestingError` for a network that can't be nested whatever its stages are."""
     kind = type(net).__name__
+    if not isinstance(net, nn.Module):
+        raise NestingError(f"the full-net must be a network, a torch.nn.Module; this is of type {kind}")
     if kind == "OptimizedModule" or kind in ("DistributedDataParallel", "DataParallel"):
         raise NestingError(f"the network is wrapped in {kind}; nest the network itself, then wrap the DDNN")
     lazy = next((name for name, p in net.named_parameters() if nn.parameter.is_lazy(p)), None)
@@ -54,6 +56,11 @@ def table_of(net: nn.Module, wanted: Wanted, full_name: str, anatomy: Anatomy) -
     names = [stage.name for stage in anatomy.stages]
     has = ", ".join(f"{stage}: {blocks}" for stage, blocks in zip(names, full, strict=True))
     table: dict[str, Depths] = {}
+    if not isinstance(wanted, Mapping):
+        raise NestingError(
+            f"subnets must say by name how many blocks each keeps, such as {{'small': {(1,) * len(full)}}}; "
+            f"this is of type {type(wanted).__name__}"
+        )
     for name, given in wanted.items():
         check_name(name)
         if objection := anatomy.family.objection(net, name):
@@ -63,6 +70,8 @@ def table_of(net: nn.Module, wanted: Wanted, full_name: str, anatomy: Anatomy) -
             if unknown:
                 raise NestingError(f"sub-net {name}: no stage {unknown[0]!r} in this full-net, which has {has}")
             given = [given.get(stage, blocks) for stage, blocks in zip(names, full, strict=True)]
+        if not isinstance(given, Sequence):
+            raise NestingError(f"sub-net {name}: {given!r} is no number of blocks for each stage ({has})")
         depths = tuple(given)
         if len(depths) != len(full):
             raise NestingError(
@@ -89,5 +98,5 @@ def table_of(net: nn.Module, wanted: Wanted, full_name: str, anatomy: Anatomy) -
 
 def check_name(name: str) -> None:
     """`NestingError` unless a net can be called so."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise NestingError(f"{name!r} can't name a net: use letters, digits, '-' and '_', and no word of torch's own")

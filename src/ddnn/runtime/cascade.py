@@ -150,5 +150,8 @@ def answer_of(got: Array, images: int, classes: int, net: Net) -> Floats:
         )
     if not np.isfinite(logits).all():
         bad = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
-        raise RequestError(f"{net.name} finds no answer to image {bad} of the batch: its pixels are out of range")
+        raise RequestError(
+            f"{net.name} finds no answer to image {bad} of the batch: its pixels are out of range, or weights of the "
+            "network are no numbers"
+        )
     return logits
