@@ -105,19 +105,14 @@ class MatrixProducts(TorchFunctionMode):
     ) -> Tensor:
         """`torch.conv2d`."""
         plain = bias is None and groups == 1 and _pair(dilation) == (1, 1) and input.ndim == 4
-        if plain and not isinstance(padding, str):
-            strides, pads = _pair(stride), _pair(padding)
-            made: Tensor
-            if _halves(input) and _halves(weight):
-                parts = _as_products(input.shape, weight.shape, strides, pads)
-                if any(parts):
-                    made = Convolution.apply(input.to(torch.bfloat16), self.half(weight), strides, pads, parts)
-                    return made
-            elif _single(input) and _single(weight):
-                parts = _as_products_in_float32(input.shape, weight.shape, strides, pads)
-                if any(parts):
-                    made = Convolution.apply(input, weight, strides, pads, parts)
-                    return made
+        halves = _halves(input) and _halves(weight)
+        if plain and not isinstance(padding, str) and (halves or (_single(input) and _single(weight))):
+            how = (_pair(stride), _pair(padding))
+            parts = (_as_products if halves else _as_products_in_float32)(input.shape, weight.shape, *how)
+            if any(parts):
+                given = (input.to(torch.bfloat16), self.half(weight)) if halves else (input, weight)
+                made: Tensor = Convolution.apply(*given, *how, parts)
+                return made
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
     def half(self, weight: Tensor) -> Tensor:
