@@ -292,7 +292,8 @@ class Train(Section):
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
         if self.batch_size == self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} leaves one image a part, too few for batch norm")
+            part = "is" if self.accumulate == 1 else f"and accumulate={self.accumulate} leave"
+            raise ValueError(f"batch_size={self.batch_size} {part} one image a part, too few for batch norm")
         if self.compile and self.lean:
             raise ValueError(
                 "compile=true and lean=true exclude each other, one for time, one for memory; leave one out"
@@ -409,7 +410,12 @@ def parse(tree: dict[str, Any], place: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(e), tree) for e in error.errors()]
+        wrong: dict[tuple[str, str], list[str]] = {}
+        for one in error.errors():
+            where, what, given = _explain(dict(one), tree)
+            wrong.setdefault((where, given), []).append(what)
+        # a value that may be of several kinds is wrong once, whatever each of them says to it
+        lines = [f"{where}: {', or '.join(whats)}{given}" for (where, given), whats in wrong.items()]
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise RecipeError("\n  ".join([f"{place}: {count}", *lines])) from None
 
@@ -458,8 +464,8 @@ def _may_be_none(keys: list[str]) -> bool:
     return type(None) in get_args(section)
 
 
-def _explain(error: dict[str, Any], tree: dict[str, Any]) -> str:
-    """One line for one mistake: dotted place, what is wrong, what is allowed."""
+def _explain(error: dict[str, Any], tree: dict[str, Any]) -> tuple[str, str, str]:
+    """Of one mistake: dotted place, what is wrong there and what is allowed, and what is given."""
     # pydantic puts the branch of a union into the place too ("float", "dict[str,...]"); it means nothing to a user.
     loc: list[str] = []
     for part in error["loc"]:
@@ -470,11 +476,11 @@ def _explain(error: dict[str, Any], tree: dict[str, Any]) -> str:
         allowed = _keys_beside(loc)
         close = difflib.get_close_matches(loc[-1], allowed, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}? " if close else ""
-        return f"{place}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+        return place, f"unknown key; {hint}allowed here: {', '.join(allowed)}", ""
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(error["input"], (dict, BaseModel)) else f" (given: {error['input']!r})"
-    return f"{place}: {message}{given}"
+    return place, message, given
 
 
 def _holds(tree: Any, keys: list[str]) -> bool:

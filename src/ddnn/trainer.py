@@ -362,7 +362,10 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
 
 def load_teacher(path: Path, dataset: DataSet) -> DDNN:
     """The network of a finished run, at rest; `RunError` if it knows other classes."""
-    teacher, about = load_trained(RunFolder.open(path))
+    try:
+        teacher, about = load_trained(RunFolder.open(path))
+    except RunError as error:
+        raise RunError(f"objective.teacher: {error}") from None
     if about["data"]["classes"] != list(dataset.classes):
         raise RunError(f"objective.teacher: the run in {path} was trained on other classes than {dataset.name} has")
     return teacher
