@@ -1,7 +1,8 @@
 """The compiler's formulas against the library's."""
 
 import copy
-import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,27 +110,54 @@ def test_a_compiled_joint_step_is_the_same_within_rounding() -> None:
 
 
 @pytest.mark.slow
-def test_graphs_compiled_with_other_formulas_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_graphs_compiled_with_other_formulas_are_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
     def counted(*given: object) -> object:
         calls.append(given)
         return batch_norm(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiling, "batch_norm", counted)
     net, x = nn.Sequential(nn.BatchNorm2d(7), nn.ReLU()), drawn(3, 7, 11, 13).float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        torch.compile(net)(x).sum().backward()  # is kept in the compiler's cache
-        assert not calls
+    torch.compile(net)(x).sum().backward()  # is kept in the compiler's caches
+    monkeypatch.setattr(compiling, "batch_norm", counted)
+    for version in ("a", "b"):
+        monkeypatch.setattr(compiling, "_version", lambda version=version: f"{tmp_path} {version}")
+        calls.clear()
         torch._dynamo.reset()
         compiled(net, CPU)(x).sum().backward()
         assert calls
-        counters = torch._dynamo.utils.counters
-        counters.clear()
+    calls.clear()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled(net, CPU)(x).sum().backward()
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, "but that with these is"
+    assert not calls
+
+
+def _times(factor: float) -> type[torch.autograd.Function]:
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+            return gradient[0] * factor
+
+    return Times
+
+
+@pytest.mark.slow
+def test_a_graph_compiled_with_another_gradient_is_not_taken() -> None:
+    """A function with a gradient of its own is kept, too, but known by its formulas and not by its name."""
+    for factor in (2.0, 3.0, 2.0):
+        function, x = _times(factor), torch.ones(5, requires_grad=True)
         torch._dynamo.reset()
-        compiled(net, CPU)(x).sum().backward()
-    assert counters["inductor"]["fxgraph_cache_hit"] == 2, "but those with these are, forward and backward"
+        compiled(function.apply, CPU)(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [factor] * 5
 
 
 @pytest.mark.slow
