@@ -139,6 +139,17 @@ def test_mistakes_found_later_end_in_a_sentence_too(
     assert sentence in err
 
 
+def test_what_the_system_refuses_ends_in_a_sentence_wherever_it_was_asked(
+    ddnn: Callable[..., tuple[int, str, str]],
+) -> None:
+    longest = "a" * 300
+    for given in (["train", "--resume", longest], ["evaluate", longest], ["train", "digits", "--out", longest]):
+        code, _, err = ddnn(*given)
+        assert code == 1
+        assert err.startswith(f"error: {longest}")
+        assert err.endswith(": File name too long\n")
+
+
 def test_a_refused_recipe_leaves_no_folder_behind(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     for overrides in (("network.name=resnet19",), ("network.subnets.a=[4,1,1]",), ("objective.subnet_weight.x=1",)):
         assert ddnn("train", *TINY, *overrides, "--out", tmp_path / "run")[0] == 2

@@ -340,7 +340,7 @@ def test_held_out_data_that_cannot_be_used_is_named(bundle: Path, tmp_path: Path
         "empty": "it has no class folders; allowed are folders named ant, bee, cat, dog",
         "strange": "its folder elk is no class of the bundle",
         "hollow": "its folders hold no images",
-        "text.npz": "text.npz cannot be read",
+        "text.npz": "text.npz cannot be read: it is no .npz file",
         "floats.npz": r"images are float32 \[30, 8, 8, 3\]; allowed is uint8",
         "short.npz": r"labels are int64 \[5\]; allowed are whole numbers \[30\]",
         "other.npz": "cannot be read: .*labels",

@@ -67,7 +67,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)) of logits [N, classes].
 
     Summed over classes, mean over the batch; T^2 keeps the size of its gradient independent of T (Hinton et al. 2015,
-    arXiv 1503.02531). No gradient flows to the teacher.
+    arXiv 1503.02531). No gradient flows to the teacher. Raises `DDNNError` for logits of other shapes.
     """
     return _kl(student, _log_posterior(teacher.detach(), temperature), temperature)
 
@@ -77,6 +77,11 @@ def _log_posterior(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _kl(student: Tensor, log_p: Tensor, temperature: float) -> Tensor:
+    if student.shape != log_p.shape:
+        raise DDNNError(
+            f"posteriors can be compared over the same classes only: logits are {list(student.shape)} of the student, "
+            f"{list(log_p.shape)} of the teacher"
+        )
     log_q = _log_posterior(student, temperature)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
 
@@ -294,11 +299,6 @@ class EKD:
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
                 kl, attention = self._weight("kl", name), self._weight("attention", name)
                 if log_p is not None and kl:
-                    if student.logits.shape != log_p.shape:
-                        raise DDNNError(
-                            f"{name} knows {student.logits.shape[1]} classes, its teacher {log_p.shape[1]}; posteriors "
-                            "can be compared over the same classes only"
-                        )
                     terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
                 if attention:
                     distance = _map_distance(_stages(student), teacher_maps, self.attention_map)

@@ -66,6 +66,10 @@ def main() -> None:
             typer.echo(f"error: {f'process {rank()}: ' if rank() else ''}{error}", err=True)
         failed = isinstance(error, RunError | ExportError | BundleError | BudgetError | HubError)
         raise SystemExit(1 if failed else 2) from None
+    except OSError as error:  # of the system, wherever it comes from: a folder of another user, a disk that is gone
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror or error}", err=True)
+        raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         if (sentence := advice(error)) is None:
             raise

@@ -1,6 +1,7 @@
 """Labelled images that nothing was trained on, from a folder or a file, cut as the nets take them."""
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ def unread(reasons: Sequence[str], read: int, where: str) -> str:
 
 def _arrays(path: Path, manifest: Manifest, limit: int) -> HeldOut:
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
     except Exception as error:  # NumPy and zipfile raise nearly anything on a damaged file
