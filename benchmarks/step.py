@@ -21,7 +21,7 @@ compiled_ekd_over_joint
 recompiles          compilations after warm-up
 
 The first time on a machine, compiling takes 45 s for the first preset, 70 s and 3.5 minutes for the others; later a
-third of that.
+seventh of that.
 """
 
 import argparse

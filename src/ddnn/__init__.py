@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ddnn.hub.remote import push_to_hub
     from ddnn.network import DDNN, Output, nest, recalibrate
     from ddnn.objective import EKD
-    from ddnn.runtime import load
+    from ddnn.runtime import Service, load
 
 # Loaded when first used, so that `import ddnn` costs nothing and needs no torch.
 _HOME = {
@@ -35,6 +35,7 @@ _HOME = {
     "EKD": "ddnn.objective",
     "Family": "ddnn.families.family",
     "Output": "ddnn.network",
+    "Service": "ddnn.runtime",
     "from_pretrained": "ddnn.hub.folder",
     "load": "ddnn.runtime",
     "nest": "ddnn.network",
@@ -50,6 +51,7 @@ __all__ = [
     "DDNNError",
     "Family",
     "Output",
+    "Service",
     "__version__",
     "from_pretrained",
     "load",

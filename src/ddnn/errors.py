@@ -33,6 +33,10 @@ class BudgetError(DDNNError):
     """No depth of a bundle is fast, small or accurate enough for what is wanted; the text says by how much."""
 
 
+class OverloadError(DDNNError):
+    """A service has more to do than it can answer in time; another moment it may have time."""
+
+
 class RunError(DDNNError):
     """A run folder or a checkpoint cannot be used, or a training had to stop."""
 

@@ -19,6 +19,7 @@ PACKAGES = {
     "examples": ("accelerate", "lightning", "transformers"),
     "export": ("onnx", "onnx_ir", "onnxscript"),
     "runtime": ("onnxruntime",),
+    "serve": ("anyio", "starlette", "uvicorn"),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
     "ray": ("ray",),

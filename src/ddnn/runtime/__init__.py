@@ -6,11 +6,13 @@ sessions.py    graphs made ready to run; shared.py: over one memory map of the w
 model.py       `load` and what it returns
 profile.py     what every depth takes on this machine.py; footprint.py: in memory; `pick`
 cascade.py     start shallow, go deeper only where unsure
+service.py     a queue before it, deep or shallow by what waits; server.py: over HTTP
 tuning.py      its thresholds.py, chosen on heldout.py images, and the measured curve.py
 output.py      sentences.py, tables.py and figures.py on a page
 """
 
 from ddnn.runtime.cascade import Cascaded
 from ddnn.runtime.model import Model, Prediction, load
+from ddnn.runtime.service import Answer, Service
 
-__all__ = ["Cascaded", "Model", "Prediction", "load"]
+__all__ = ["Answer", "Cascaded", "Model", "Prediction", "Service", "load"]

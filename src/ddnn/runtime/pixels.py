@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,15 @@ _BEYOND = 10
 """Normalised pixels this many times beyond the largest there can be are no normalised pixels."""
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """The image in a file, upright, in RGB. Raises `RequestError` for what is none, or larger than PIL allows."""
+def open_rgb(file: str | Path | BinaryIO, what: str = "") -> Image.Image:
+    """The image in a file, upright, in RGB; errors call it `what`, or by its path.
+
+    Raises `RequestError` for what is none, or larger than PIL allows.
+    """
     try:
-        return picture.rgb(partial(Image.open, path, formats=picture.FORMATS))
+        return picture.rgb(partial(Image.open, file, formats=picture.FORMATS))
     except picture.UnreadableError as error:
-        raise RequestError(f"{path} cannot be read as an image: {error}") from None
+        raise RequestError(f"{what or file} cannot be read as an image: {error}") from None
 
 
 def from_file(path: str | Path, wanted: Input) -> Pixels:

@@ -1,0 +1,47 @@
+"""The verb that serves a bundle over HTTP."""
+
+from typing import Annotated
+
+import typer
+
+from ddnn.cli.app import app
+from ddnn.cli.device import Bundle, Shared
+
+
+@app.command()
+def serve(
+    bundle: Bundle,
+    latency_ms: Annotated[
+        float, typer.Option("--latency-ms", metavar="MS", help="In which an image is to be answered.")
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="To listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="To listen at.")] = 8000,
+    batch: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Most images that run together.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPUs one batch uses.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Batches that run at a time (default: as CPUs allow).")
+    ] = None,
+    shared: Shared = False,
+) -> None:
+    """Answer images over HTTP, each in time: the deeper, the less waits.
+
+      ddnn serve bundle --latency-ms 50
+
+      curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
+
+    What no depth could answer in time is refused with 503. GET / says how many each depth has answered.
+    """
+    import ddnn
+    from ddnn.runtime.server import serve as serve_http
+
+    model = ddnn.load(bundle, threads=threads, shared=shared)
+    with ddnn.Service(model, latency_ms, batch=batch, workers=workers) as service:
+        serve_http(
+            service,
+            host,
+            port,
+            ready=lambda address: typer.echo(f"POST an image to {address}/predict; Ctrl-C ends it", err=True),
+        )
+        counts = service.counts()
+    answered = ", ".join(f"{name} {count}" for name, count in counts.answered.items())
+    typer.echo(f"answered by {answered}; {counts.late} late, {counts.refused} refused", err=True)
