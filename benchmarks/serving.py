@@ -17,6 +17,7 @@ depths     of those answered, by each depth
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -79,6 +80,7 @@ def measure(bundle: Path, held: HeldOut, latency_ms: float, batch: int, seconds:
     capacity = batch / measured(models[best], batch)[best][batch]
     images = normalised(held.pixels, whole.manifest.input)
     rows = []
+    gc.freeze()  # or it looks through all of torch now and then, for a quarter of a second
     for number, load in enumerate(LOADS):
         for way, model in models.items():
             with ddnn.Service(model, latency_ms, batch=batch, workers=1) as service:

@@ -93,8 +93,10 @@ class Service:
         self._room = int(waiting)
         self._pace = _Pace(measured(model, self.batch))
         self._demand = _Demand(10 * self.latency_ms / 1000)
-        self._order = by_accuracy(model)
         self._fastest = min(model.nets, key=lambda name: self._pace.base[name][1])
+        order = by_accuracy(model)
+        self._better = order[: order.index(self._fastest)]
+        """The depths that are more accurate than the fastest, the most accurate first."""
         self._waiting: deque[_Waiting] = deque()
         self._free_at = [0.0] * int(workers)
         """When each worker will be free again, or has been since."""
@@ -167,7 +169,7 @@ class Service:
         """By which to run what has waited longest."""
         arrivals = [each.arrived for each in self._waiting] + self._demand.expected(now, self.latency_ms / 1000)
         most = self._demand.crowd(now, len(self._waiting))
-        return next((name for name in self._order if self._in_time(name, arrivals, now, most)), self._fastest)
+        return next((name for name in self._better if self._in_time(name, arrivals, now, most)), self._fastest)
 
     def _in_time(self, depth: str, arrivals: Sequence[float], now: float, most: int) -> bool:
         free = [max(now, at) for at in self._free_at]
@@ -235,7 +237,8 @@ def in_time(
 
     while (first := len(done)) < len(arrivals):
         start = max(workers[0], came(first))
-        count = bisect_right(range(first, min(first + largest, len(arrivals))), start, key=came)
+        stop = min(first + largest, len(arrivals))
+        count = stop - first if came(stop - 1) <= start else bisect_right(range(first, stop), start, key=came)
         ends = start + seconds[count]
         if ends + margins[count] > came(first) + latency:
             return False
