@@ -152,13 +152,22 @@ def test_what_no_depth_can_answer_in_time_is_refused_when_it_comes(
             while len(taken) < 50:
                 taken.append(service.submit(image()))
 
-        with pytest.raises(OverloadError, match=r"images wait; another could not be answered in 100 ms"):
+        with pytest.raises(OverloadError, match=r"images wait; one that came 0 ms ago could not be answered in 100 ms"):
             ask()
         assert 1 <= len(taken) <= 6
         assert all(future.result() for future in taken)
         assert service.counts().refused == 1
         time.sleep(0.2)
         assert service.submit(image()).result(), "and later there is time again"
+
+
+def test_what_is_late_already_is_refused(model: Model) -> None:
+    with Service(model, latency_ms=100) as service:
+        with pytest.raises(
+            OverloadError, match=r"0 images wait; one that came \d+ ms ago could not be answered in 100"
+        ):
+            service.submit(image(), arrived=time.monotonic() - 0.11)
+        assert service.submit(image(), arrived=time.monotonic() - 0.01).result().latency_ms > 10
 
 
 def test_no_more_wait_than_may(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

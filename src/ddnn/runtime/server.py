@@ -77,7 +77,7 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None] =
 
     config = uvicorn.Config(
         application(service),
-        log_level="warning",
+        log_level="error",  # it warns of every connection too many
         access_log=False,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=10,

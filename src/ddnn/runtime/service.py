@@ -137,7 +137,8 @@ class Service:
             if not self._has_time_for(one, now):
                 self._refused += 1
                 raise OverloadError(
-                    f"{len(self._waiting)} images wait; another could not be answered in {self.latency_ms:g} ms"
+                    f"{len(self._waiting)} images wait; one that came {1000 * (now - one.arrived):.0f} ms ago could not be "
+                    f"answered in {self.latency_ms:g} ms"
                 )
             self._waiting.append(one)
             self._changed.notify()
@@ -158,7 +159,7 @@ class Service:
             worker.join()
 
     def _has_time_for(self, one: _Waiting, now: float) -> bool:
-        if len(self._waiting) >= self._room:
+        if len(self._waiting) >= self._room or now >= one.arrived + self.latency_ms / 1000:
             return False
         if not self._waiting and min(self._free_at) <= now:
             return True  # even if it seems too slow: or a machine that was too slow once would be so for ever
