@@ -137,8 +137,8 @@ class Service:
             if not self._has_time_for(one, now):
                 self._refused += 1
                 raise OverloadError(
-                    f"{len(self._waiting)} images wait; one that came {1000 * (now - one.arrived):.0f} ms ago could not be "
-                    f"answered in {self.latency_ms:g} ms"
+                    f"{len(self._waiting)} images wait; one that came {1000 * (now - one.arrived):.0f} ms ago could not "
+                    f"be answered in {self.latency_ms:g} ms"
                 )
             self._waiting.append(one)
             self._changed.notify()
