@@ -136,9 +136,10 @@ class Service:
             self._demand.came(now, 1 + len(self._waiting) + self._running)
             if not self._has_time_for(one, now):
                 self._refused += 1
+                ago = 1000 * (now - one.arrived)
                 raise OverloadError(
-                    f"{len(self._waiting)} images wait; one that came {1000 * (now - one.arrived):.0f} ms ago could not "
-                    f"be answered in {self.latency_ms:g} ms"
+                    f"{len(self._waiting)} images wait; one that came {ago:.0f} ms ago could not be answered in "
+                    f"{self.latency_ms:g} ms"
                 )
             self._waiting.append(one)
             self._changed.notify()
