@@ -248,8 +248,7 @@ def test_sub_nets_may_learn_by_distillation_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own doing
-@pytest.mark.parametrize("energies", [False, True])
-@pytest.mark.parametrize("attention_map", ["power", "softmax"])
+@pytest.mark.parametrize(("attention_map", "energies"), [("power", False), ("softmax", True)])
 def test_compiled_terms_and_gradients_are_the_same_within_rounding(attention_map: AttentionMap, energies: bool) -> None:
     """In a loop that compiles the objective too, where formulas stand as they are."""
     x, target, found = randn(4, 3, 16, 16).double(), torch.tensor([0, 1, 2, 3]), []
