@@ -20,6 +20,7 @@ import contextlib
 import gc
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from concurrent.futures import Future
@@ -38,7 +39,7 @@ from ddnn.runtime import Answer, heldout
 from ddnn.runtime.heldout import HeldOut
 from ddnn.runtime.machine import this_machine
 from ddnn.runtime.pixels import normalised
-from ddnn.runtime.service import by_accuracy, measured
+from ddnn.runtime.service import ladder, measured
 
 LOADS = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 CHOSEN = "chosen by load"
@@ -76,8 +77,8 @@ def measure(bundle: Path, held: HeldOut, latency_ms: float, batch: int, seconds:
     """What every way of serving makes of every load."""
     whole = ddnn.load(bundle, threads=1)
     models = {CHOSEN: whole} | {name: ddnn.load(bundle, [name], threads=1) for name in whole.nets}
-    best = by_accuracy(whole)[0]
-    capacity = batch / measured(models[best], batch)[best][batch]
+    seconds_of = measured(whole, batch)
+    capacity = batch / seconds_of[ladder(whole, seconds_of)[0]][batch]
     images = normalised(held.pixels, whole.manifest.input)
     rows = []
     gc.freeze()  # or it looks through all of torch now and then, for a quarter of a second
@@ -112,6 +113,8 @@ def sent(
         with contextlib.suppress(OverloadError):
             answers.append((which, service.submit(images[which], arrived=start + moment)))
     done = [(which, future.result()) for which, future in answers]
+    if not done:
+        sys.exit(f"error: not one of {len(moments)} images was answered at {rate:.0f} images a second")
     in_time = [(which, answer) for which, answer in done if answer.latency_ms <= service.latency_ms]
     depths = Counter(answer.depth for _, answer in done)
     return {

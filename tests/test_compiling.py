@@ -122,7 +122,7 @@ def test_graphs_compiled_with_other_formulas_are_not_taken(monkeypatch: pytest.M
     torch.compile(net)(x).sum().backward()  # is kept in the compiler's caches
     monkeypatch.setattr(compiling, "batch_norm", counted)
     for version in ("a", "b"):
-        monkeypatch.setattr(compiling, "_version", lambda version=version: f"{tmp_path} {version}")
+        monkeypatch.setattr(compiling, "_version", f"{tmp_path} {version}")
         calls.clear()
         torch._dynamo.reset()
         compiled(net, CPU)(x).sum().backward()
@@ -149,15 +149,43 @@ def _times(factor: float) -> type[torch.autograd.Function]:
     return Times
 
 
+def test_formulas_that_differ_in_anything_have_another_version() -> None:
+    def one(x: float) -> float:
+        return 2 * abs(x)
+
+    def same(x: float) -> float:
+        return 2 * abs(x)  # elsewhere
+
+    def other(x: float) -> float:
+        return 3 * abs(x)
+
+    def calling(x: float) -> float:
+        return 2 * round(x)
+
+    def nested(x: float) -> float:
+        return sum(2 * each for each in (x,))
+
+    def other_nested(x: float) -> float:
+        return sum(3 * each for each in (x,))
+
+    assert compiling._digest(one) == compiling._digest(same)
+    every = [compiling._digest(each) for each in (one, other, calling, nested, other_nested)]
+    assert len(set(every)) == len(every)
+    assert compiling._digest(one, other) != compiling._digest(other, one)
+
+
 @pytest.mark.slow
 def test_a_graph_compiled_with_another_gradient_is_not_taken() -> None:
     """A function with a gradient of its own is kept, too, but known by its formulas and not by its name."""
+    counters = torch._dynamo.utils.counters
     for factor in (2.0, 3.0, 2.0):
         function, x = _times(factor), torch.ones(5, requires_grad=True)
         torch._dynamo.reset()
+        counters.clear()
         compiled(function.apply, CPU)(x).sum().backward()
         assert x.grad is not None
         assert x.grad.tolist() == [factor] * 5
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, "the last one is as the first"
 
 
 @pytest.mark.slow

@@ -11,11 +11,10 @@ of the compiler's own formulas stand in the way, and are given here in another f
   together. In terms of the activation's output there is nothing to keep: the next layer keeps that already.
 """
 
-import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -80,15 +79,9 @@ def _for_cpu(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
     # Another cache goes by the graph before formulas are put in, and without the tag would give one compiled with
     # others. With both a second start takes 6 s instead of 60.
-    tagged = torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + _version())  # type: ignore[attr-defined]
+    tagged = torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + _version)  # type: ignore[attr-defined]
     with tagged, functorch.patch(autograd_cache_allow_custom_autograd_functions=True):
         return compile_fx(graph, inputs, inner, decompositions=formulas)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _version() -> str:
-    """Of the formulas of this module."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _instead(ours: Formula, theirs: Formula) -> Formula:
@@ -172,3 +165,19 @@ def _along_channels(values: Tensor) -> Tensor:
 def _over_positions(x: Tensor) -> Tensor:
     """[N, C, H, W] -> [C], the sums; first over each image, which all threads can do."""
     return x.sum(dim=(2, 3)).sum(dim=0)
+
+
+def _digest(*functions: Callable[..., Any]) -> str:
+    """Hex SHA-256 of what functions do, and not of where they stand."""
+
+    def parts(code: CodeType) -> Iterator[str]:
+        yield repr((code.co_code, code.co_names))
+        for constant in code.co_consts:
+            yield from parts(constant) if isinstance(constant, CodeType) else [repr(constant)]
+
+    every = [part for function in functions for part in parts(function.__code__)]
+    return hashlib.sha256("\n".join(every).encode()).hexdigest()
+
+
+_version = _digest(batch_norm, batch_norm_backward, threshold_backward, _along_channels, _over_positions, precise)
+"""Of the formulas, as they were imported."""

@@ -76,10 +76,10 @@ def _log_posterior(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits.to(precise(logits)) / temperature, dim=1)
 
 
-def _kl(student: Tensor, log_p: Tensor, temperature: float) -> Tensor:
+def _kl(student: Tensor, log_p: Tensor, temperature: float, name: str = "the student") -> Tensor:
     if student.shape != log_p.shape:
         raise DDNNError(
-            f"posteriors can be compared over the same classes only: logits are {list(student.shape)} of the student, "
+            f"posteriors can be compared over the same classes only: logits are {list(student.shape)} of {name}, "
             f"{list(log_p.shape)} of the teacher"
         )
     log_q = _log_posterior(student, temperature)
@@ -299,7 +299,7 @@ class EKD:
                     terms[f"{name}/ce"] = weight * cross_entropy(student.logits, target, self.label_smoothing)
                 kl, attention = self._weight("kl", name), self._weight("attention", name)
                 if log_p is not None and kl:
-                    terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature)
+                    terms[f"{name}/kl"] = weight * kl * _kl(student.logits, log_p, self.temperature, name)
                 if attention:
                     distance = _map_distance(_stages(student), teacher_maps, self.attention_map)
                     terms[f"{name}/attention"] = weight * attention * distance

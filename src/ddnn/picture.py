@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddnn.errors import DataError
 
@@ -26,16 +26,18 @@ def size(open_image: Callable[[], Image.Image]) -> tuple[int, int]:
         raise UnreadableError(_reason(error)) from None
 
 
-def rgb(open_image: Callable[[], Image.Image]) -> Image.Image:
+def rgb(open_image: Callable[[], Image.Image], most: int | None = None) -> Image.Image:
     """The image upright, in mode RGB; 16-bit grey is scaled down, alpha is dropped. Raises `UnreadableError`.
 
-    `open_image` reads the header of an image whose pixels are not decoded yet.
+    `open_image` reads the header of an image whose pixels are not decoded yet. `most`: pixels, if not as many as PIL
+    allows.
     """
     try:
         with open_image() as image:
-            limit = Image.MAX_IMAGE_PIXELS  # PIL itself only warns up to twice this
+            limit = most or Image.MAX_IMAGE_PIXELS  # PIL itself only warns up to twice this
             if limit and image.width * image.height > limit:
-                raise UnreadableError(f"{image.width} x {image.height} pixels are more than PIL's limit of {limit}")
+                whose = "the" if most else "PIL's"
+                raise UnreadableError(f"{image.width} x {image.height} pixels are more than {whose} limit of {limit}")
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except (UnreadableError, DataError):  # the latter is not about the image: its host can't be reached
@@ -58,4 +60,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
     return f"{type(error).__name__}: {error}"

@@ -63,15 +63,19 @@ def main() -> None:
         raise SystemExit(75) from None
     except DDNNError as error:
         if not (rank() and isinstance(error, RecipeError | NestingError)):  # which all processes find alike
-            typer.echo(f"error: {f'process {rank()}: ' if rank() else ''}{error}", err=True)
+            _say(str(error))
         failed = isinstance(error, RunError | ExportError | BundleError | BudgetError | HubError)
         raise SystemExit(1 if failed else 2) from None
     except OSError as error:  # of the system, wherever it comes from: a folder of another user, a disk that is gone
-        where = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"error: {where}{error.strerror or error}", err=True)
+        logging.getLogger("ddnn").debug("", exc_info=True)
+        _say(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         if (sentence := advice(error)) is None:
             raise
-        typer.echo(f"error: {sentence}", err=True)
+        _say(sentence)
         raise SystemExit(1) from None
+
+
+def _say(sentence: str) -> None:
+    typer.echo(f"error: {f'process {rank()}: ' if rank() else ''}{sentence}", err=True)

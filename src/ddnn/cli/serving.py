@@ -12,14 +12,16 @@ from ddnn.cli.device import Bundle, Shared
 def serve(
     bundle: Bundle,
     latency_ms: Annotated[
-        float, typer.Option("--latency-ms", metavar="MS", help="In which an image is to be answered.")
+        float,
+        typer.Option("--latency-ms", metavar="MS", help="Answer an image in that time, decoding it included."),
     ],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="To listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="To listen at.")] = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Listen at this address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="And at this port; 0: any.")] = 8000,
     batch: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Most images that run together.")] = 8,
     threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPUs one batch uses.")] = 1,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Batches that run at a time (default: as CPUs allow).")
+        int | None,
+        typer.Option(min=1, max=256, metavar="N", help="Batches that run at a time (default: as CPUs allow)."),
     ] = None,
     shared: Shared = False,
 ) -> None:
@@ -32,16 +34,18 @@ def serve(
     What no depth could answer in time is refused with 503. GET / says how many each depth has answered.
     """
     import ddnn
-    from ddnn.runtime.server import serve as serve_http
+    from ddnn.runtime.server import listen
+    from ddnn.runtime.server import serve as serve_at
 
-    model = ddnn.load(bundle, threads=threads, shared=shared)
-    with ddnn.Service(model, latency_ms, batch=batch, workers=workers) as service:
-        serve_http(
-            service,
-            host,
-            port,
-            ready=lambda address: typer.echo(f"POST an image to {address}/predict; Ctrl-C ends it", err=True),
-        )
-        counts = service.counts()
+    def ready(address: str) -> None:
+        typer.echo(f"POST an image to {address}/predict; Ctrl-C ends it", err=True)
+
+    with listen(host, port) as listening:
+        model = ddnn.load(bundle, threads=threads, shared=shared)
+        with ddnn.Service(model, latency_ms, batch=batch, workers=workers) as service:
+            serve_at(service, listening, ready)
+    counts = service.counts()
     answered = ", ".join(f"{name} {count}" for name, count in counts.answered.items())
-    typer.echo(f"answered by {answered}; {counts.late} late, {counts.refused} refused", err=True)
+    typer.echo(
+        f"answered by {answered}; {counts.late} late, {counts.refused} refused, {counts.failed} failed", err=True
+    )

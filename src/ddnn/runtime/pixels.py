@@ -1,5 +1,6 @@
 """From images to what the nets are given: the same numbers, bit for bit, as evaluation in training has them."""
 
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,15 +20,21 @@ _BEYOND = 10
 """Normalised pixels this many times beyond the largest there can be are no normalised pixels."""
 
 
-def open_rgb(file: str | Path | BinaryIO, what: str = "") -> Image.Image:
-    """The image in a file, upright, in RGB; errors call it `what`, or by its path.
+def open_rgb(path: str | Path) -> Image.Image:
+    """The image in a file, upright, in RGB. Raises `RequestError` for what is none, or larger than PIL allows."""
+    return _opened(path, str(path))
 
-    Raises `RequestError` for what is none, or larger than PIL allows.
-    """
+
+def from_bytes(content: bytes, wanted: Input, most: int) -> Pixels:
+    """The image in the bytes of a file as `square` cuts it, which may have `most` pixels. Raises `RequestError`."""
+    return square(_opened(io.BytesIO(content), "the body", most), wanted, most=most)
+
+
+def _opened(file: str | Path | BinaryIO, what: str, most: int | None = None) -> Image.Image:
     try:
-        return picture.rgb(partial(Image.open, file, formats=picture.FORMATS))
+        return picture.rgb(partial(Image.open, file, formats=picture.FORMATS), most)
     except picture.UnreadableError as error:
-        raise RequestError(f"{what or file} cannot be read as an image: {error}") from None
+        raise RequestError(f"{what} cannot be read as an image: {error}") from None
 
 
 def from_file(path: str | Path, wanted: Input) -> Pixels:
@@ -35,15 +42,16 @@ def from_file(path: str | Path, wanted: Input) -> Pixels:
     return square(open_rgb(path), wanted, f"{path}: an image")
 
 
-def square(image: Image.Image, wanted: Input, what: str = "an image") -> Pixels:
+def square(image: Image.Image, wanted: Input, what: str = "an image", most: int | None = None) -> Pixels:
     """The middle of an image in RGB, its shorter side resized to `wanted.resize`: uint8 [S, S, 3].
 
-    Raises `RequestError` for one too long and narrow, calling it `what`.
+    Raises `RequestError` for one too long and narrow, calling it `what`: resized, it would have more pixels than PIL
+    allows, or than `most`.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
     longer = int(wanted.resize * long / short)
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = most or Image.MAX_IMAGE_PIXELS
     if limit and wanted.resize * longer > limit:
         raise RequestError(f"{what} of {width} x {height} pixels is too long and narrow to be resized; crop it")
     size = (wanted.resize, longer) if width <= height else (longer, wanted.resize)

@@ -292,15 +292,17 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     return times, attention.denied()
 
 
-def in_turns(calls: Mapping[Key, Callable[[], object]], seconds: float) -> dict[Key, list[float]]:
-    """Milliseconds of each call, over at least `FEWEST_RUNS` rounds, then until `seconds` are spent."""
+def in_turns(
+    calls: Mapping[Key, Callable[[], object]], seconds: float, fewest: int = FEWEST_RUNS
+) -> dict[Key, list[float]]:
+    """Milliseconds of each call, over at least the `fewest` rounds, then until `seconds` are spent."""
     for call in calls.values():
         for _ in range(3):
             call()
     times: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for done in range(MOST_RUNS):
-        if done >= FEWEST_RUNS and time.perf_counter() > end:
+        if done >= fewest and time.perf_counter() > end:
             break
         for name, call in calls.items():
             start = time.perf_counter()

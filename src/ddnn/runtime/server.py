@@ -1,62 +1,71 @@
-"""A service over HTTP: images in, classes out. What it accepts is bounded in bytes, pixels, time and number.
+"""A service over HTTP: images in, classes out. What it accepts is bounded in bytes, pixels and time.
 
     POST /predict   the body is an image file; ?top=5
     GET /           the depths, and what became of the images so far
 
-It speaks plain HTTP, to be put behind whatever ends TLS and knows who may ask.
+It speaks plain HTTP and leaves connections that say nothing open, so it belongs behind something that ends TLS, knows
+who may ask, and limits connections.
 """
 
 import asyncio
 import contextlib
-import io
+import logging
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
 import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from ddnn import picture
-from ddnn.errors import BundleError, DDNNError, OverloadError, RequestError
+from ddnn.errors import DDNNError, OverloadError, RequestError
 from ddnn.runtime.cascade import probabilities
 from ddnn.runtime.machine import available_cpus
-from ddnn.runtime.pixels import Pixels, open_rgb, square
-from ddnn.runtime.service import Service
+from ddnn.runtime.pixels import from_bytes
+from ddnn.runtime.service import Answer, Service
+
+if TYPE_CHECKING:
+    import uvicorn
 
 MOST_BYTES = 16 * 2**20
 """Of an image file."""
 MOST_PIXELS = 25_000_000
-"""Of an image; decoded, 75 MB."""
-MOST_CONNECTIONS = 256
-"""At a time; more are answered with 503."""
+"""Of an image, and of it resized; one takes 100 MB, and as many are decoded at a time as there are CPUs."""
+MOST_REQUESTS = 128
+"""At a time, connections that are open counted as well; what comes then is answered with 503."""
 BODY_SECONDS = 30.0
 """In which a body must have come."""
+
+log = logging.getLogger("ddnn")
 
 
 def application(service: Service) -> Starlette:
     """The ASGI application, for any server of such."""
-    decoders = anyio.CapacityLimiter(2 * available_cpus())
+    decoders = anyio.CapacityLimiter(available_cpus())
 
     async def predict(request: Request) -> JSONResponse:
         top = _top(request)
         body = await _body(request)
-        arrived = time.monotonic()
-        pixels = await anyio.to_thread.run_sync(_decoded, service, body, limiter=decoders)
-        answer = await asyncio.wrap_future(service.submit(pixels, arrived=arrived))
+        submit = partial(decoded_and_submitted, body, time.monotonic())
+        answer = await asyncio.wrap_future(await anyio.to_thread.run_sync(submit, limiter=decoders))
         found = probabilities(answer.logits[None])[0]
         best = np.argsort(-found, kind="stable")[:top]
         classes = [{"class": service.model.classes[i], "confidence": float(found[i])} for i in best]
         return JSONResponse({"depth": answer.depth, "classes": classes, "latency_ms": answer.latency_ms})
+
+    def decoded_and_submitted(body: bytes, arrived: float) -> Future[Answer]:
+        service.expect(arrived)  # decoding is most of the work, and in vain for what is refused
+        return service.submit(from_bytes(body, service.model.manifest.input, MOST_PIXELS), arrived=arrived)
 
     async def about(_request: Request) -> JSONResponse:
         depths = {name: {"top1": net.top1, "macs": net.macs} for name, net in service.model.nets.items()}
@@ -64,40 +73,55 @@ def application(service: Service) -> Starlette:
 
     return Starlette(
         routes=[Route("/predict", predict, methods=["POST"]), Route("/", about)],
-        exception_handlers={DDNNError: _sentence, HTTPException: _refusal},
+        exception_handlers={
+            DDNNError: _sentence,
+            HTTPException: _refusal,
+            ClientDisconnect: _gone,
+            Exception: _failure,
+        },
     )
 
 
-def serve(service: Service, host: str, port: int, ready: Callable[[str], None] = lambda address: None) -> None:
-    """Serve until the process is asked to end; then answer what has come. Port 0 is any that is free.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve at; port 0 is any that is free. Raises `RequestError` where it cannot be listened at."""
+    try:
+        if not host:
+            raise ValueError("it is no address")
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=MOST_REQUESTS)
+    except (OSError, OverflowError, TypeError, ValueError) as error:
+        raise RequestError(f"cannot listen at {host!r}, port {port}: {error}") from None
 
-    `ready` is told the address. Raises `RequestError` where it cannot be listened at.
-    """
+
+def serve(service: Service, listening: socket.socket, ready: Callable[[str], None] = lambda address: None) -> None:
+    """Serve until the process is asked to end; then answer what has come. `ready` is told the address."""
     import uvicorn
 
     config = uvicorn.Config(
         application(service),
-        log_level="error",  # it warns of every connection too many
+        log_level="critical",  # it warns of every request too many
         access_log=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=10,
+        limit_concurrency=MOST_REQUESTS,
+        timeout_graceful_shutdown=int(BODY_SECONDS + 2 * service.latency_ms / 1000) + 1,
     )
-    try:
-        listening = socket.create_server((host, port), backlog=config.backlog)
-    except (OSError, OverflowError) as error:
-        raise RequestError(f"cannot listen at {host}:{port}: {error}") from None
-    with listening, _unmoved():
-        ready(f"http://{host}:{listening.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    host, port = listening.getsockname()[:2]
+    with _ending(server):
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        server.run(sockets=[listening])
 
 
 @contextlib.contextmanager
-def _unmoved() -> Iterator[None]:
-    """Signals to end mean nothing within it: uvicorn has its own answer, and raises them again when it has ended."""
+def _ending(server: "uvicorn.Server") -> Iterator[None]:
+    """Within it, signals to end are for the server: before it listens to them, and when it raises them again."""
     if threading.current_thread() is not threading.main_thread():  # where none arrive
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -107,13 +131,17 @@ def _unmoved() -> Iterator[None]:
 
 async def _body(request: Request) -> bytes:
     """All of it; `HTTPException` for one that is too large or too slow."""
+    too_large = HTTPException(413, f"the body is larger than {MOST_BYTES} bytes")
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated[:20]) > MOST_BYTES:
+        raise too_large
     content = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
                 content += piece
                 if len(content) > MOST_BYTES:
-                    raise HTTPException(413, f"the body is larger than {MOST_BYTES} bytes")
+                    raise too_large
     except TimeoutError:
         raise HTTPException(408, f"the body did not come in {BODY_SECONDS:g} s") from None
     return bytes(content)
@@ -121,29 +149,28 @@ async def _body(request: Request) -> bytes:
 
 def _top(request: Request) -> int:
     asked = request.query_params.get("top", "5")
-    if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:9]) <= 10**6):
-        raise RequestError(f"top={asked[:20]} must be a whole number from 1 to 1000000")
+    if not (asked.isascii() and asked.isdigit() and len(asked) <= 6 and int(asked)):
+        raise RequestError(f"top={asked[:20]} must be a whole number from 1 to 999999")
     return int(asked)
-
-
-def _decoded(service: Service, body: bytes) -> Pixels:
-    """What the nets see of an image, uint8 [S, S, 3]. Raises `RequestError`."""
-    file = io.BytesIO(body)
-    try:
-        width, height = picture.size(partial(Image.open, file, formats=picture.FORMATS))
-    except picture.UnreadableError as error:
-        raise RequestError(f"the body cannot be read as an image: {error}") from None
-    if width * height > MOST_PIXELS:
-        raise RequestError(f"the image has {width} x {height} pixels; allowed are {MOST_PIXELS}")
-    return square(open_rgb(io.BytesIO(body), "the body"), service.model.manifest.input)
 
 
 async def _sentence(_request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OverloadError):
         return JSONResponse({"error": str(error)}, 503, {"Retry-After": "1"})
-    return JSONResponse({"error": str(error)}, 500 if isinstance(error, BundleError) else 400)
+    if isinstance(error, RequestError):
+        return JSONResponse({"error": str(error)}, 400)
+    log.error("%s", error)  # a file of the bundle has changed: nothing the client has done
+    return JSONResponse({"error": str(error)}, 500)
 
 
 async def _refusal(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+
+async def _gone(_request: Request, _error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "the client is gone"}, 400)  # which nobody reads
+
+
+async def _failure(_request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": f"internal error ({type(error).__name__})"}, 500)
