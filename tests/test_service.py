@@ -265,11 +265,12 @@ def test_one_that_is_lost_keeps_no_others_out(model: Model, monkeypatch: pytest.
         gate.shut(monkeypatch)
         futures = [service.submit(image())]
         assert gate.reached.wait(60)
-        service._most_waiting = 2
         service._waiting.append(
             service_module._Waiting(time.monotonic() - 9.9, image(), Future())
         )  # nothing can answer that in time
         futures.append(service.submit(image()))
+        with pytest.raises(OverloadError):
+            service.submit(image(), arrived=time.monotonic() - 9.8)
         gate.opened.set()
         assert all(future.result() for future in futures)
 
@@ -568,7 +569,9 @@ def test_overload_is_a_503_that_says_to_come_again(model: Model, monkeypatch: py
         assert not decoded, "it is refused before it is decoded"
 
 
-def test_errors_that_nobody_expects_are_json_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_nobody_expects_are_json_too(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -577,6 +580,7 @@ def test_errors_that_nobody_expects_are_json_too(model: Model, monkeypatch: pyte
         status, content, _ = asked(address, body=photo())
         assert (status, content["error"]) == (500, "internal error (ZeroDivisionError)")
         assert service.counts().failed == 1
+    assert "internal error" in caplog.text
 
 
 @pytest.mark.parametrize(("asking", "answered"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])

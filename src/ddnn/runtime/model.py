@@ -112,9 +112,13 @@ class Model:
         else:
             answer = self.cascade(batch, threshold)
             logits, name = answer.logits, list(self.nets)[int(answer.answered[0])]
-        found = probabilities(logits)[0]
+        return Prediction(name, self.most_likely(logits[0], top))
+
+    def most_likely(self, logits: Floats, top: int) -> tuple[tuple[str, float], ...]:
+        """The `top` most likely classes and their probabilities, of the logits [classes] of one image."""
+        found = probabilities(logits[None])[0]
         best = np.argsort(-found, kind="stable")[:top]
-        return Prediction(name, tuple((self.classes[i], float(found[i])) for i in best))
+        return tuple((self.classes[i], float(found[i])) for i in best)
 
     def within(
         self,

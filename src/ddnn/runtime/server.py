@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -29,7 +28,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ddnn.errors import DDNNError, OverloadError, RequestError
-from ddnn.runtime.cascade import probabilities
 from ddnn.runtime.machine import available_cpus
 from ddnn.runtime.pixels import from_bytes
 from ddnn.runtime.service import Answer, Service
@@ -58,9 +56,8 @@ def application(service: Service) -> Starlette:
         body = await _body(request)
         submit = partial(decoded_and_submitted, body, time.monotonic())
         answer = await asyncio.wrap_future(await anyio.to_thread.run_sync(submit, limiter=decoders))
-        found = probabilities(answer.logits[None])[0]
-        best = np.argsort(-found, kind="stable")[:top]
-        classes = [{"class": service.model.classes[i], "confidence": float(found[i])} for i in best]
+        likely = service.model.most_likely(answer.logits, top)
+        classes = [{"class": name, "confidence": sure} for name, sure in likely]
         return JSONResponse({"depth": answer.depth, "classes": classes, "latency_ms": answer.latency_ms})
 
     def decoded_and_submitted(body: bytes, arrived: float) -> Future[Answer]:
@@ -99,7 +96,7 @@ def serve(service: Service, listening: socket.socket, ready: Callable[[str], Non
 
     config = uvicorn.Config(
         application(service),
-        log_level="critical",  # it warns of every request too many
+        log_level="critical",  # it warns of every request too many; errors are logged here
         access_log=False,
         limit_concurrency=MOST_REQUESTS,
         timeout_graceful_shutdown=int(BODY_SECONDS + 2 * service.latency_ms / 1000) + 1,
@@ -173,4 +170,5 @@ async def _gone(_request: Request, _error: Exception) -> JSONResponse:
 
 
 async def _failure(_request: Request, error: Exception) -> JSONResponse:
+    log.error("internal error", exc_info=error)
     return JSONResponse({"error": f"internal error ({type(error).__name__})"}, 500)

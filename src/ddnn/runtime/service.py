@@ -76,9 +76,9 @@ class Service:
     batches that run at a time; as many as there are CPUs for, by default. `waiting`: most images that wait; what comes
     then is refused.
 
-    What the depths take is measured once, at the start, which takes eight batches of each. From then on the service
-    only follows by how much the machine is slower, or faster, than it was then. It has to be closed, as `with` does, or
-    its threads stay; a fork of its process has none of them.
+    What the depths take is measured once, at the start: eight batches of each, and eight single images. From then on
+    the service only follows by how much the machine is slower, or faster, than it was then. It has to be closed, as
+    `with` does, or its threads stay; a fork of its process has none of them.
 
     Raises `RequestError` for numbers that can't be.
     """
@@ -202,6 +202,8 @@ class Service:
             return False
         if len(self._waiting) < self._until.count(None):
             return True  # even if it seems too slow: or a machine that was too slow once would be so for ever
+        if arrived <= self._lost_until(now):
+            return False
         arrivals = sorted([*(each.arrived for each in self._waiting), arrived])
         return self._in_time(self._fastest, arrivals, now, len(arrivals))
 
@@ -213,11 +215,14 @@ class Service:
 
     def _in_time(self, depth: str, arrivals: Sequence[float], now: float, peak: int) -> bool:
         """Whether all are, but for those that no depth could answer in time any more."""
-        latency = self.latency_ms / 1000
-        lost = bisect_right(arrivals, now + self._pace.expected(self._fastest)[0][1] - latency)
+        lost = bisect_right(arrivals, self._lost_until(now))
         # who is late already may be as late again
         free = [now if until is None else max(until, 2 * now - until) for until in self._until]
-        return in_time(arrivals, latency, free, *self._pace.expected(depth), peak, lost)
+        return in_time(arrivals, self.latency_ms / 1000, free, *self._pace.expected(depth), peak, lost)
+
+    def _lost_until(self, now: float) -> float:
+        """Who came then or before can't be answered in time, even by itself."""
+        return now + self._pace.expected(self._fastest)[0][1] - self.latency_ms / 1000
 
     def _forget_cancelled(self) -> None:
         self._waiting = [each for each in self._waiting if not each.future.done()]
