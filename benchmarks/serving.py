@@ -35,7 +35,7 @@ from rich.table import Table
 import ddnn
 from ddnn.errors import OverloadError
 from ddnn.figure import SETTINGS, new_figure
-from ddnn.runtime import Answer, heldout
+from ddnn.runtime import Answer, Model, heldout
 from ddnn.runtime.heldout import HeldOut
 from ddnn.runtime.machine import this_machine
 from ddnn.runtime.pixels import normalised
@@ -64,7 +64,7 @@ def main() -> None:
         held = test_and_validation(arguments.run, model.manifest, 4000)[1]
     else:
         held = heldout.read(arguments.data, model.manifest, 2000)
-    found = measure(arguments.bundle, held, arguments.latency_ms, arguments.batch, arguments.seconds)
+    found = measure(model, held, arguments.latency_ms, arguments.batch, arguments.seconds)
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
@@ -73,9 +73,9 @@ def main() -> None:
         draw(found, arguments.figure)
 
 
-def measure(bundle: Path, held: HeldOut, latency_ms: float, batch: int, seconds: float) -> dict[str, Any]:
+def measure(whole: Model, held: HeldOut, latency_ms: float, batch: int, seconds: float) -> dict[str, Any]:
     """What every way of serving makes of every load."""
-    whole = ddnn.load(bundle, threads=1)
+    bundle = whole.manifest.folder
     models = {CHOSEN: whole} | {name: ddnn.load(bundle, [name], threads=1) for name in whole.nets}
     seconds_of = measured(whole, batch)
     capacity = batch / seconds_of[ladder(whole, seconds_of)[0]][batch]

@@ -27,6 +27,7 @@ from ddnn.runtime.manifest import Manifest, Net
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
+    from ddnn.runtime.pixels import Floats
 
 Key = TypeVar("Key")
 
@@ -285,11 +286,16 @@ def _joined(path: Path, new: Profile) -> Profile:
 
 def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, list[float]], float]:
     """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
-    size = model.manifest.input.size
-    images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
+    images = noise(model, batch)
     attention = Attention(model.threads)
     times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
     return times, attention.denied()
+
+
+def noise(model: "Model", batch: int) -> "Floats":
+    """Images [batch, 3, S, S] to measure with, normalised ones in range and type."""
+    size = model.manifest.input.size
+    return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
 
 
 def in_turns(

@@ -25,7 +25,7 @@ from ddnn.errors import OverloadError, RequestError
 from ddnn.runtime.machine import available_cpus
 from ddnn.runtime.model import Model
 from ddnn.runtime.pixels import Floats, batch_of
-from ddnn.runtime.profile import in_turns, is_finite, is_whole
+from ddnn.runtime.profile import in_turns, is_finite, is_whole, noise
 
 MOST_WAITING = 1024
 """Images; what comes while so many wait is refused, however fast the machine."""
@@ -103,7 +103,7 @@ class Service:
         self.batch = int(batch)
         self._most_waiting = int(waiting)
         self._pace = _Pace(measured(model, self.batch))
-        self._demand = _Demand(10 * self.latency_ms / 1000)
+        self._demand = _Demand(10 * self._latency)
         *self._better, self._fastest = ladder(model, self._pace.base)
         self._waiting: list[_Waiting] = []
         """What came first is first."""
@@ -139,7 +139,7 @@ class Service:
         arrived = _moment(arrived)
         one = _Waiting(arrived, self._normalised(image), Future())
         with self._admitted(arrived) as now:
-            self._demand.saw(now, 1 + len(self._waiting) + self._running)
+            self._saw_one(now)
             insort(self._waiting, one, key=lambda each: each.arrived)
             self._changed.notify()
         return one.future
@@ -187,7 +187,7 @@ class Service:
             now = time.monotonic()
             if not self._has_time_for(arrived, now):
                 self._refused += 1
-                self._demand.saw(now, 1 + len(self._waiting) + self._running)
+                self._saw_one(now)
                 ago = 1000 * (now - arrived)
                 raise OverloadError(
                     f"{len(self._waiting)} images wait; one that came {ago:.0f} ms ago could not be answered in "
@@ -195,10 +195,18 @@ class Service:
                 )
             yield now
 
+    def _saw_one(self, now: float) -> None:
+        self._demand.saw(now, 1 + len(self._waiting) + self._running)
+
+    @property
+    def _latency(self) -> float:
+        """In seconds."""
+        return self.latency_ms / 1000
+
     def _has_time_for(self, arrived: float, now: float) -> bool:
         if len(self._waiting) >= self._most_waiting:
             self._forget_cancelled()
-        if len(self._waiting) >= self._most_waiting or now >= arrived + self.latency_ms / 1000:
+        if len(self._waiting) >= self._most_waiting or now >= arrived + self._latency:
             return False
         if len(self._waiting) < self._until.count(None):
             return True  # even if it seems too slow: or a machine that was too slow once would be so for ever
@@ -209,7 +217,7 @@ class Service:
 
     def _depth(self, now: float) -> str:
         """By which to run what came first."""
-        arrivals = [each.arrived for each in self._waiting] + self._demand.expected(now, self.latency_ms / 1000)
+        arrivals = [each.arrived for each in self._waiting] + self._demand.expected(now, self._latency)
         peak = self._demand.peak(now, len(self._waiting))
         return next((name for name in self._better if self._in_time(name, arrivals, now, peak)), self._fastest)
 
@@ -218,11 +226,11 @@ class Service:
         lost = bisect_right(arrivals, self._lost_until(now))
         # who is late already may be as late again
         free = [now if until is None else max(until, 2 * now - until) for until in self._until]
-        return in_time(arrivals, self.latency_ms / 1000, free, *self._pace.expected(depth), peak, lost)
+        return in_time(arrivals, self._latency, free, *self._pace.expected(depth), peak, lost)
 
     def _lost_until(self, now: float) -> float:
         """Who came then or before can't be answered in time, even by itself."""
-        return now + self._pace.expected(self._fastest)[0][1] - self.latency_ms / 1000
+        return now + self._pace.seconds(self._fastest, 1) - self._latency
 
     def _forget_cancelled(self) -> None:
         self._waiting = [each for each in self._waiting if not each.future.done()]
@@ -244,7 +252,7 @@ class Service:
             now = time.monotonic()
             depth = self._depth(now)
             taken, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
-            self._until[number] = now + self._pace.expected(depth)[0][len(taken)]
+            self._until[number] = now + self._pace.seconds(depth, len(taken))
             self._running += len(taken)
             return depth, taken
 
@@ -350,8 +358,7 @@ def ladder(model: Model, seconds: Mapping[str, Sequence[float]]) -> list[str]:
 
 def measured(model: Model, batch: int) -> dict[str, list[float]]:
     """Seconds that each depth takes for 0, 1 ... `batch` images: of 1 and `batch` measured, in between evenly more."""
-    size = model.manifest.input.size
-    images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
+    images = noise(model, batch)
     counts = sorted({1, batch})
     calls = {(name, count): partial(model, images[:count], name) for name in model.nets for count in counts}
     taken = {key: float(np.median(times)) / 1000 for key, times in in_turns(calls, 0.0, fewest=5).items()}
@@ -381,6 +388,10 @@ class _Pace:
         error = min(seconds / self.base[depth][count], 3 * self._mean) - self._mean
         self._mean += error / 8
         self._deviation += (abs(error) - self._deviation) / 4
+
+    def seconds(self, depth: str, count: int) -> float:
+        """What a batch of so many images takes."""
+        return self._mean * self.base[depth][count]
 
     def expected(self, depth: str) -> tuple[list[float], list[float]]:
         """Seconds that batches of 0, 1 ... images take, and by which one will hardly exceed that."""
