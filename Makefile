@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-all examples lint install clean
+.PHONY: demo test test-slow test-all test-lowest examples lint install clean
 
 demo: $(VENV)/installed          ## install, train the demo, end with the table of sub-nets
 	$(BIN)/ddnn train
@@ -18,6 +19,12 @@ test-slow: examples              ## the others, those of the examples among them
 
 test-all: examples               ## all of them
 	$(PYTEST)
+
+test-lowest:                     ## the fast tests with the oldest versions that pyproject.toml allows: gigabytes
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install --quiet --resolution lowest-direct -e '.[dev]'
+	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not slow" -o filterwarnings=ignore
 
 lint: $(VENV)/installed          ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -39,4 +46,4 @@ $(VENV)/examples: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

@@ -10,11 +10,13 @@ bitwise, with the library's own network of that name or depth, loaded strictly f
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddnn.evaluate import parameters, tree_bound
 from ddnn.families import EXAMPLES, PRESETS, build, family_of
@@ -31,6 +33,16 @@ HEADER = [
     "|---|---|---|---|---|---|---|",
 ]
 ALL: dict[str, Preset] = {**PRESETS, **EXAMPLES}
+
+
+class Unfilled(TorchDispatchMode):
+    """Networks made here draw no random weights, which takes longer than all else: they are loaded or only counted."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return args[0] if func in DRAWN else func(*args, **(kwargs or {}))
+
+
+DRAWN = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default, torch.ops.aten.erfinv_.default}
 
 
 def lived(net: nn.Module) -> nn.Module:
@@ -74,7 +86,8 @@ def parity(about: Preset) -> str:
     compared = 0
     for name, depths in net.depths.items():
         assert torch.equal(outputs[name].logits, net.nets[name](x)), f"{name}: the tree differs from the net"
-        library = library_net(about.full_net, name, depths, size, classes)
+        with Unfilled():
+            library = library_net(about.full_net, name, depths, size, classes)
         if library is not None:
             library.load_state_dict(net.nets[name].state_dict(), strict=True)
             assert torch.equal(outputs[name].logits, library.eval()(x)), f"{name}: the library's differs"
@@ -97,7 +110,8 @@ def row(preset: str, *, checked: bool = True) -> str:
     """One line of the table."""
     about = ALL[preset]
     size = 32 if about.full_net.startswith("cifar") else 256 if "window8_256" in about.full_net else 224
-    full_net, _ = build(about.full_net, 1000, image_size=size)
+    with Unfilled():
+        full_net, _ = build(about.full_net, 1000, image_size=size)
     net = nest(ghost(full_net), about.depths)
     shared, beyond = shares(net)
     bound = tree_bound(net, size)

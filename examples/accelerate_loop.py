@@ -16,7 +16,7 @@ import ddnn
 from digits import BF16, digits, make_net, report
 
 
-def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
+def main(epochs: int = 4, folder: str | Path | None = None) -> dict[str, float]:
     """Train, keep a checkpoint in `folder`, read it back, and return the accuracy of every sub-net."""
     set_seed(0)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if BF16 else "no", gradient_accumulation_steps=2)

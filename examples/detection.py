@@ -63,7 +63,7 @@ class Detector(nn.Module):
         return self.depths[depth](list(images), targets)
 
 
-def main(steps: int = 150, batch: int = 8) -> dict[str, float]:
+def main(steps: int = 100, batch: int = 8) -> dict[str, float]:
     """Train, and return the average precision at an overlap of one half, of every depth."""
     torch.manual_seed(0)
     images, targets = make_shapes(512, SIZE, seed=0)

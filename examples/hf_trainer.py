@@ -45,7 +45,7 @@ class Named(Dataset[dict[str, Tensor]]):
         return {"pixel_values": images, "labels": target}
 
 
-def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
+def main(epochs: int = 4, folder: str | Path | None = None) -> dict[str, float]:
     """Train, keep checkpoints in `folder`, and return the accuracy of every sub-net."""
     torch.manual_seed(0)
     train, test = digits()

@@ -49,7 +49,7 @@ class Nested(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def main(epochs: int = 6, folder: str | Path | None = None) -> dict[str, float]:
+def main(epochs: int = 4, folder: str | Path | None = None) -> dict[str, float]:
     """Train, keep a checkpoint in `folder`, read it back, and return the accuracy of every sub-net."""
     lightning.seed_everything(0)
     train, test = digits()

@@ -11,7 +11,7 @@ import ddnn
 from digits import BF16, digits, make_net, report
 
 
-def main(epochs: int = 6, accumulate: int = 2) -> dict[str, float]:
+def main(epochs: int = 4, accumulate: int = 2) -> dict[str, float]:
     """Train, and return the accuracy of every sub-net."""
     torch.manual_seed(0)
     train, test = digits()
