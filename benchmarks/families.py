@@ -35,14 +35,14 @@ HEADER = [
 ALL: dict[str, Preset] = {**PRESETS, **EXAMPLES}
 
 
-class Unfilled(TorchDispatchMode):
-    """Networks made here draw no random weights, which takes longer than all else: they are loaded or only counted."""
+class Undrawn(TorchDispatchMode):
+    """Networks made here have zeros for random weights, which take longer than all else: they are loaded or counted."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return args[0] if func in DRAWN else func(*args, **(kwargs or {}))
+        return args[0].zero_() if func in DRAWN else func(*args, **(kwargs or {}))
 
 
-DRAWN = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default, torch.ops.aten.erfinv_.default}
+DRAWN = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
 
 
 def lived(net: nn.Module) -> nn.Module:
@@ -86,7 +86,7 @@ def parity(about: Preset) -> str:
     compared = 0
     for name, depths in net.depths.items():
         assert torch.equal(outputs[name].logits, net.nets[name](x)), f"{name}: the tree differs from the net"
-        with Unfilled():
+        with Undrawn():
             library = library_net(about.full_net, name, depths, size, classes)
         if library is not None:
             library.load_state_dict(net.nets[name].state_dict(), strict=True)
@@ -110,7 +110,7 @@ def row(preset: str, *, checked: bool = True) -> str:
     """One line of the table."""
     about = ALL[preset]
     size = 32 if about.full_net.startswith("cifar") else 256 if "window8_256" in about.full_net else 224
-    with Unfilled():
+    with Undrawn():
         full_net, _ = build(about.full_net, 1000, image_size=size)
     net = nest(ghost(full_net), about.depths)
     shared, beyond = shares(net)

@@ -8,6 +8,7 @@ and the display. Nothing is measured anew.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -44,10 +45,13 @@ def main() -> None:
     if wanted.json:
         print(json.dumps(found, indent=2))
         return
-    table = Table("run", "data %", "validation %", "rest %", "outside of steps %", title="share of a training's time")
-    for name, share in found.items():
-        table.add_row(name, *(f"{100 * share[what]:.2f}" for what in ("data", "evaluate", "rest", "outside")))
-    Console().print(table)
+    table = Table(title="share of a training's time")
+    table.add_column("run", overflow="fold")
+    for share in ("data %", "validation %", "rest %", "outside of steps %"):
+        table.add_column(share, justify="right")
+    for name, of in found.items():
+        table.add_row(name, *(f"{100 * of[what]:.2f}" for what in ("data", "evaluate", "rest", "outside")))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 if __name__ == "__main__":

@@ -239,9 +239,9 @@ def measure(
             step()
     warm_up(calls.values())
     before = counters["stats"]["unique_graphs"]
-    times = side_by_side(calls, device, seconds, warmup=1, least=ROUNDS)
+    times = side_by_side(calls, device, seconds, warmup=0, least=ROUNDS)
     pair = {name: calls[name] for name in ("ekd", "joint")}
-    again = side_by_side(pair, device, seconds / 2, warmup=1, least=ROUNDS)
+    again = side_by_side(pair, device, seconds / 2, warmup=0, least=ROUNDS)
     close = {name: times[name] + again[name] for name in pair}
     tree = tree_bound(net, case.size)
     return {

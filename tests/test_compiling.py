@@ -13,7 +13,7 @@ from ddnn import compiling
 from ddnn.autocast import autocast
 from ddnn.compiling import batch_norm, batch_norm_backward, check_compiler, compiled, threshold_backward
 from ddnn.errors import RunError
-from ddnn.families.cifar_resnet import resnet
+from ddnn.families.cifar_resnet import CifarResNet
 from ddnn.network import nest
 from ddnn.objective import EKD
 
@@ -92,7 +92,7 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own doing
 def test_a_compiled_joint_step_is_the_same_within_rounding() -> None:
     torch.manual_seed(0)
-    net = nest(resnet(14, num_classes=10, width=4), {"small": (1, 1, 1)})
+    net = nest(CifarResNet((1, 2, 1), 10, width=4), {"small": (1, 1, 1)})
     net.double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, target, found = drawn(4, 3, 16, 16), torch.arange(4), []
     for make in (lambda own: own, lambda own: compiled(own, CPU)):

@@ -260,8 +260,8 @@ class Train(Section):
     channels_last: bool = True
     """Memory layout of images and features; the faster one for convolutions, nearly everywhere."""
     compile: bool = False
-    """`torch.compile` of the forward; not with `lean`. On a CPU a step then takes a sixth to a third less, after half a
-    minute (ResNet-8/14/20) to minutes of compiling, for which it needs g++."""
+    """`torch.compile` of the forward; not with `lean`. On a CPU a step then takes 4 to 30 % less, after a minute
+    (ResNet-8/14/20) or more of compiling, for which it needs g++."""
     lean: bool = False
     """Go forward and backward through one path at a time: about the memory of the full-net alone."""
     ema: Fraction = 0.0

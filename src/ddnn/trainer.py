@@ -332,8 +332,9 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
     part = len(x) // recipe.train.accumulate // processes.count  # no more at once than the run's own steps took
     state.optimizer.state.clear()
     trained_s = sum(epoch["seconds"]["total"] for epoch in epochs)
+    subnets = measures(net, scores["test"], dataset.image_size, device)
     summary: dict[str, Any] = {
-        "subnets": measures(net, scores["test"], dataset.image_size, device),
+        "subnets": subnets,
         "dataset": {"source": dataset.name, "test_images": len(dataset.test), "train_images": len(dataset.train)},
         "epochs": recipe.train.epochs,
         "seed": recipe.train.seed,
@@ -347,6 +348,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
             target[:part],
             bf16=recipe.train.precision == "bf16",
             lean=recipe.train.lean,
+            alone_macs=sum(row["macs"] for row in subnets.values()),
             budget_s=min(BUDGET_S, trained_s),  # no longer than the training itself took
         )
         if len(net.depths) > 1
