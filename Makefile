@@ -34,15 +34,15 @@ lint: $(VENV)/installed          ## formatting, lint, types
 examples: $(VENV)/examples       ## what the files in examples/ need besides: 200 MB, half a minute
 install: $(VENV)/installed
 
-# constraints.txt holds the versions everything here was measured with. What is never imported need not be compiled.
+# constraints.txt holds the versions everything here was measured with.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ddnn needs Python 3.11 or newer; give one with: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 $(VENV)/examples: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,examples]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,examples]'
 	touch $@
 
 clean:
