@@ -147,7 +147,7 @@ def test_the_page_is_what_the_script_prints() -> None:
 def test_the_networks_are_what_was_counted() -> None:
     counted = {f["name"]: f for f in scaling.json.loads(scaling.COUNTED.read_text())}
     assert set(counted) == {*scaling.PRESETS, "resnet50"}
-    again = dataclasses.asdict(scaling.count("resnet26-50", small=32))
+    again = dataclasses.asdict(scaling.count("resnet26-50"))
     kept = counted["resnet26-50"]
     for key in ("tree_macs", "full_macs", "parameters", "buffers", "norms"):
         assert again[key] == kept[key], key
