@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddnn import data
 from ddnn.data.sets import Held, Stored
+from ddnn.data.sources import arrays
 from ddnn.errors import DataError
 from ddnn.recipe import Data, Recipe, parse
 
@@ -583,6 +584,16 @@ def test_digits_are_the_embedded_set(tmp_path: Path) -> None:
     assert dataset.train.pixels.min() == 0
     assert dataset.train.pixels.max() == 255
     assert dataset.train.labels.dtype == torch.int64
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs, ours = load_digits(), arrays.digits()
+    assert ours.train.labels.tolist() == theirs.target.tolist()
+    assert list(ours.classes) == list(map(str, theirs.target_names))
+    for index, image in enumerate(theirs.images):
+        assert (np.asarray(ours.train.reader.open(index)) == np.rint(image * (255 / 16))[..., None]).all()
 
 
 @pytest.mark.parametrize("test_name", ["test", "validation", "val", "valid"])

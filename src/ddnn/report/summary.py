@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 from ddnn.report.comparison import LABELS, Comparison, parse
 
@@ -145,7 +145,7 @@ def _difference(comparison: Comparison, method: str, other: str, net: str) -> Di
     # images, and rounding to that has this deviation (both of two accuracies; Sheppard's correction).
     rounding = 1 / (comparison.test_images * 6**0.5) if comparison.test_images else 0.0
     deviation = max(statistics.stdev(values), rounding)
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / n**0.5
+    margin = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * deviation / n**0.5
     return Difference(tuple(values), mean, mean - margin, mean + margin)
 
 
