@@ -273,8 +273,24 @@ def test_nets_that_run_whole_give_features_too() -> None:
         assert torch.equal(found, net(x)[name].features[0])
 
 
+class Of48(nn.Module):
+    """Takes images of 48 px, and has no attribute that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.places = nn.Conv2d(3, 8, 16, 16), nn.Parameter(torch.zeros(1, 8, 3, 3))
+        self.stage = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
+        self.out = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.stage(self.stem(x) + self.places).mean((2, 3)))
+
+
 def test_networks_of_one_size_say_which() -> None:
     net = ddnn.nest(small_vit(), {"one": (1,)})
+    assert Backbone(net).strides == (16,)
+    assert Backbone(net, image_size=48).strides == (16,)
+    net = ddnn.nest(Of48(), {"one": (1,)}, stages=["stage"], example=torch.randn(2, 3, 48, 48))
     with pytest.raises(NestingError, match=r"does not take images of 256 or 224 or 384 px .*image_size="):
         Backbone(net)
     assert Backbone(net, image_size=48).strides == (16,)

@@ -367,17 +367,18 @@ def test_the_estimate_is_work_left_at_the_speed_so_far(tmp_path: Path) -> None:
     jobs = plan(recipe, ["alone"], 1, NETS)
     assert seconds_left(tmp_path, jobs) is None
     run = RunFolder.create(tmp_path / "runs" / jobs[0].name, jobs[0].recipe)
+    run.write_json("run.json", {"data": {"image_size": 16, "classes": ["a"] * 7}})
     run.write_metrics([{"epoch": e, "seconds": {"total": 10.0}} for e in (1, 2)])
-    work = [macs(load, 32) for load in _plain_nets()]
+    work = [macs(net, 16) for net in _plain_nets(7)]
     expected = 20 / (2 * work[0]) * (2 * work[0] + 4 * work[1] + 4 * work[2])
     assert seconds_left(tmp_path, jobs) == pytest.approx(expected)
     assert seconds_left(tmp_path, jobs, at_a_time=2) == pytest.approx(expected / 2)
 
 
-def _plain_nets() -> list[torch.nn.Module]:
+def _plain_nets(classes: int = 10) -> list[torch.nn.Module]:
     from ddnn.families.cifar_resnet import resnet
 
-    return [resnet(layers, num_classes=10, width=8) for layers in (8, 14, 20)]
+    return [resnet(layers, num_classes=classes, width=8) for layers in (8, 14, 20)]
 
 
 @pytest.mark.usefixtures("in_this_process")

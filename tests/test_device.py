@@ -10,9 +10,9 @@ from PIL import Image
 
 import bundles
 from ddnn.cli.device import watched
+from ddnn.cpus import available_cpus
 from ddnn.errors import RunError
 from ddnn.runtime import curve, load, profile, tuning
-from ddnn.runtime.machine import available_cpus
 from ddnn.runtime.manifest import read as read_manifest
 
 Call = Callable[..., tuple[int, str, str]]

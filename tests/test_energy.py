@@ -48,6 +48,20 @@ def test_the_gradient_of_a_fork_is_the_literal_one(layout: torch.memory_format) 
     assert torch.autograd.gradcheck(fork, feature)
 
 
+@pytest.mark.parametrize("of_a_fork", [False, True])
+def test_a_scaled_loss_does_not_exceed_half_precision_on_the_way(of_a_fork: bool) -> None:
+    """A factor of 1e5, which float16 has not, times features of 0.01."""
+    ours = (0.01 * randn(2, 8, 4, 5)).half().requires_grad_()
+    literal = ours.detach().clone().requires_grad_()
+    of_energy = 1e5 * randn(2, 20)
+    literal.float().square().sum(dim=1).flatten(1).backward(of_energy)
+    made = fork(ours)[1] if of_a_fork else energy(ours)
+    made.backward(of_energy)
+    assert ours.grad is not None
+    assert ours.grad.isfinite().all()
+    torch.testing.assert_close(ours.grad, literal.grad)
+
+
 @pytest.mark.parametrize("channels", [2, 16, 64])
 def test_layout_does_not_change_a_bit_of_the_gradients(channels: int) -> None:
     value, of_feature = randn(2, channels, 4, 5).bfloat16(), randn(2, channels, 4, 5).bfloat16()

@@ -1,5 +1,7 @@
 """Measures against known values and written-out counts."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torchvision
@@ -57,6 +59,20 @@ def test_accuracy_counts_every_image_once_and_leaves_the_mode() -> None:
         right = sum(int(output.logits[i].argmax()) == int(target[i]) for i in range(11))
         among = sum(int(target[i]) in output.logits[i].topk(5).indices.tolist() for i in range(11))
         assert measured[name] == {"top1": right / 11, "top5": among / 11}
+
+
+def test_accuracy_leaves_every_module_as_it_was_whatever_happens() -> None:
+    net = small().train()
+    net.nets["resnet20"].bn1.eval()  # frozen
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        accuracy(net, batches())
+    assert net.training
+    assert not net.nets["resnet20"].bn1.training
 
 
 def test_calls_take_turns_and_none_always_follows_the_same() -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -279,7 +280,7 @@ def test_recalibrated_statistics_are_the_plain_averages() -> None:
     with pytest.raises(DDNNError, match="recalibrate needs at least one batch of images"):
         ddnn.recalibrate(net, iter([]))
     assert not net.calibrated
-    ddnn.recalibrate(net, batches)
+    ddnn.recalibrate(net, [[x, torch.zeros(8)] for x in batches])  # as a loader gives them
     net.subnet("resnet8")  # and warns no more
     net.alone("resnet14").subnet("resnet14")
     stem = net.nets["resnet8"].conv1
@@ -297,6 +298,12 @@ def test_recalibrated_statistics_are_the_plain_averages() -> None:
 def test_stages_can_be_named() -> None:
     net = nest(torchvision.models.resnet34(), {"thin": {"layer3": 2}})
     assert net.depths["thin"] == (3, 4, 2, 3)
+
+
+def test_depths_may_be_numpys_whole_numbers() -> None:
+    depths = nest(torchvision.models.resnet34(), {"thin": tuple(np.array([1, 2, 2, 2]))}).depths["thin"]
+    assert depths == (1, 2, 2, 2)
+    assert all(type(blocks) is int for blocks in depths)
 
 
 @pytest.mark.parametrize(

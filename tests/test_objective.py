@@ -125,11 +125,19 @@ def test_no_nets_are_an_error() -> None:
         (torch.tensor([0, 1]), r"must hold 3 classes, or probabilities of 10 .* its shape is \(2,\)"),
         (torch.rand(3, 7), r"must hold 3 classes, or probabilities of 10 .* its shape is \(3, 7\)"),
         (torch.rand(3), "must hold classes as whole numbers; these are of type torch.float32"),
+        (torch.ones(3, 10, dtype=torch.int32), "must hold probabilities as floating-point .* of type torch.int32"),
+        ([0, 1, 2], "must be a tensor of classes or of probabilities, not a list"),
     ],
 )
 def test_a_target_of_other_classes_is_named(target: Tensor, message: str) -> None:
     with pytest.raises(DDNNError, match=message):
         EKD()({"full": Output(randn(3, 10), ())}, target)
+
+
+def test_classes_may_be_of_any_whole_numbers() -> None:
+    logits, target = randn(3, 10), torch.tensor([0, 9, 4])
+    for kind in (torch.int32, torch.uint8, torch.int16):
+        assert torch.equal(cross_entropy(logits, target.to(kind)), cross_entropy(logits, target))
 
 
 def test_a_teacher_of_other_classes_is_named() -> None:

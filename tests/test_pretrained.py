@@ -102,6 +102,16 @@ def test_a_head_for_other_classes_is_refused_or_fresh(measured: tuple[Path, dict
     assert torch.equal(as_many.conv1.weight, old.conv1.weight)
 
 
+def test_a_head_for_other_classes_where_stages_are_named(tmp_path: Path) -> None:
+    """Of a network whose stages can't be found."""
+    named = {"name": "torchvision/alexnet", "stages": ("features[8:12:2]",)}
+    torch.save(torchvision.models.alexnet(num_classes=7).state_dict(), tmp_path / "alexnet.pt")
+    with pytest.raises(RecipeError, match=r"trained for another number of classes: it holds classifier\.6"):
+        build(Network(**named, weights=tmp_path / "alexnet.pt"), 3)
+    net = build(Network(**named, weights=tmp_path / "alexnet.pt", fresh_classifier=True), 3)
+    assert net.nets[net.full_name].classifier[6].weight.shape == (3, 4096)
+
+
 @pytest.mark.parametrize(
     ("name", "classifier"),
     [

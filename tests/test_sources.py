@@ -280,6 +280,16 @@ def test_chunks_are_for_shards(source: str, tmp_path: Path) -> None:
         data.load(section(place, shuffle="chunks"), 0)
 
 
+def test_what_was_trained_in_chunks_is_evaluated_on_anything(tmp_path: Path) -> None:
+    place = make("folders", tmp_path / "set")
+    classes = data.load(section(place), 0).classes
+    expected, found = (
+        data.load_test(section(place, shuffle=order), classes=classes, image_size=8, mean=(0, 0, 0), std=(1, 1, 1))
+        for order in ("global", "chunks")
+    )
+    assert torch.equal(expected.test.labels, found.test.labels)
+
+
 def test_recipe_fields_are_checked(tmp_path: Path) -> None:
     from ddnn.errors import RecipeError
 

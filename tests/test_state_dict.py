@@ -84,6 +84,19 @@ def test_assigning_would_part_the_nets_and_is_refused() -> None:
         make().load_state_dict(make().state_dict(), assign=True)
 
 
+def test_new_parameters_are_shared_as_before() -> None:
+    with torch.device("meta"):
+        net = make()
+    names, held = list(net.state_dict()), [p.shape for p in net.parameters()]
+    net.to_empty(device="cpu")
+    assert [p.shape for p in net.parameters()] == held
+    assert list(net.state_dict()) == names
+    state = make().state_dict()
+    net.load_state_dict(state)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
 def test_an_average_over_state_dicts_averages_each_tensor_once() -> None:
     net, average = make(), make(seed=1)
     theirs = net.state_dict()

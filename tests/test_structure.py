@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "extras",
+    "cpus",
     "launch",
     "processes",
     "preemption",

@@ -161,6 +161,70 @@ def test_blocks_that_overwrite_their_input_get_a_copy() -> None:
     check_laws(net)
 
 
+def test_a_listed_network_of_somebodys_own_blocks_is_tried_out() -> None:
+    """torchvision's ResNet, but its blocks write on what they are given."""
+
+    class Halving(nn.Module):
+        expansion = 1
+
+        def __init__(
+            self, i: int, o: int, stride: int = 1, downsample: nn.Module | None = None, *_: object, **__: object
+        ) -> None:
+            super().__init__()
+            self.downsample, self.conv, self.norm = downsample, conv(i, o, stride), nn.BatchNorm2d(o)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(0.5)
+            return (x if self.downsample is None else self.downsample(x)) + self.norm(self.conv(x))
+
+    net = nest(torchvision.models.ResNet(Halving, [2, 2, 2, 2], num_classes=5), {"a": (1, 2, 1, 1), "b": (2, 1, 1, 1)})
+    assert net.anatomies["full"].family.name.startswith("torchvision")
+    assert net.anatomies["full"].family.clones
+    check_laws(net)
+
+
+def test_a_forward_that_draws_runs_whole() -> None:
+    class Dropping(Named):
+        """Whole layers, some of the time."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in (self.block1, self.block2, self.block3, self.pool, *self.later):
+                if not self.training or torch.rand(()) > 0.1:
+                    x = block(x)
+            return self.out(self.norm(x).mean((2, 3)))
+
+    with pytest.warns(UserWarning, match="no work, .* apart: it draws random numbers between its blocks"):
+        net = nest(Dropping(), {"small": (1, 2)}, stages=["block1..block3", "later"])
+    torch.manual_seed(0)
+
+    def many_steps() -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                net.train()(images())
+
+    with pytest.raises(NestingError, match=r"^net (small|full) did not run (block|later)\S* this time"):
+        many_steps()
+
+
+def test_checkpointing_that_has_no_effect_is_told_of() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, embed_dim=16, num_heads=2, num_classes=5)
+    vit.set_grad_checkpointing(True)
+    with pytest.warns(UserWarning, match="gradient checkpointing of VisionTransformer has no effect"):
+        nest(vit, {"one": (1,)})
+
+
+@pytest.mark.parametrize("size", [(32, 128), (16, 144), (64, 32), (64, 64)])
+def test_tokens_lie_as_in_the_image(size: tuple[int, int]) -> None:
+    options = {"img_size": 64, "embed_dim": 16, "num_heads": 2, "num_classes": 5, "dynamic_img_size": True}
+    with pytest.warns(UserWarning, match="share weights but no work"):
+        net = nest(timm.create_model("vit_tiny_patch16_224", depth=2, **options), {"one": (1,)}).eval()
+    x = torch.randn(1, 3, *size)
+    theirs = net.nets["full"].forward_intermediates(x, indices=[0], intermediates_only=True)[0]
+    assert torch.equal(net(x)["one"].features[0], theirs)
+    assert theirs.shape[2:] == (size[0] // 16, size[1] // 16)
+
+
 def test_a_flat_network_is_found_by_its_pattern_and_its_layers_move_up() -> None:
     net = nest(Flat(), {"small": (1, 1)})
     assert net.stages == ("[2:11:3]", "[12:18:3]")
@@ -297,6 +361,12 @@ def pair() -> nn.Module:
     return Two()
 
 
+def kept() -> nn.Module:
+    net = Named()
+    net.block1.seen = net.stem(images())
+    return net
+
+
 def in_a_row(*blocks: nn.Module, width: int) -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.Sequential(*blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
 
@@ -344,6 +414,7 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, object], str]] = {
         {"example": torch.randn(2, 1, 8, 8)},
         r"Named can't run on images \[2, 1, 8, 8\]: RuntimeError: .*; give some that it takes",
     ),
+    "kept": (kept(), {}, "Named.block1 holds a tensor with a gradient in its attribute 'seen', left by a forward"),
     "lazy": (nn.Sequential(nn.LazyConv2d(8, 3)), {}, "Sequential has layers without a shape yet"),
     "inception": (
         torchvision.models.googlenet(num_classes=5, init_weights=False),

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ddnn.errors import NestingError, first_line
-from ddnn.families.discover import ghost
+from ddnn.families.discover import declared_sizes, ghost
 from ddnn.families.family import Anatomy
 from ddnn.families.split import holders
 from ddnn.network import DDNN
 from ddnn.proof import at_rest
 
 SIZES = (256, 224, 384)
-"""Sides in pixels of the images to measure with, where none is given: most networks take some of these."""
+"""Sides in pixels of the images to measure with, where none is given: most networks take some of these.
+
+Large ones, as a small feature's stride would be rounded; then whatever the network itself mentions."""
 
 
 class Shapes(NamedTuple):
@@ -176,7 +178,9 @@ def _measure(backbone: Backbone, size: int | None) -> dict[str, Shapes]:
     """Channels and strides of every net's features, if possible from a forward that computes no numbers."""
     imagined = ghost(backbone).eval()
     refusal = ""
-    for side, channels in itertools.product(SIZES if size is None else (size,), (3, 1)):
+    full_net = backbone.trunk.nets[backbone.trunk.full_name]
+    sides = (*SIZES, *declared_sizes(full_net)) if size is None else (size,)
+    for side, channels in itertools.product(sides, (3, 1)):
         x = torch.empty(1, channels, side, side, device="meta")
         try:
             with torch.no_grad():
@@ -188,7 +192,7 @@ def _measure(backbone: Backbone, size: int | None) -> dict[str, Shapes]:
                     real = torch.zeros(x.shape, device=next(backbone.parameters()).device)
                     return {name: _shapes(features, side) for name, features in backbone.each(real).items()}
     raise NestingError(
-        f"the network does not take images of {' or '.join(map(str, SIZES if size is None else (size,)))} px "
+        f"the network does not take images of {' or '.join(map(str, dict.fromkeys(sides)))} px "
         f"({refusal}); say which it takes: Backbone(..., image_size=...)"
     )
 

@@ -55,10 +55,10 @@ def branchwise_backward(
     names = net.chosen(only)[::-1]  # the full-net first
     paths = {} if net.whole else {name: net.path(name) for name in names}
     energies = objective.attends(reversed(names), taught=teacher is not None)
-    walk = _Walk(net, paths, objective, target, teacher, scale, autocast, energies)
+    walk = _Walk(net, paths, objective, x, target, teacher, scale, autocast, energies)
     if net.whole:
         for name in names:
-            walk.whole(name, x)
+            walk.whole(name)
     else:
         walk.grow(names, 0, x, dict.fromkeys(names, ()))
     return (
@@ -110,6 +110,7 @@ class _Walk:
     net: DDNN
     paths: dict[str, list[Step]]
     objective: EKD
+    images: Tensor
     target: Tensor
     teacher: Output | None
     scale: float
@@ -164,16 +165,16 @@ class _Walk:
         torch.autograd.backward([end for end, _ in wanted], [gradient for _, gradient in wanted])
 
     def _end(self, name: str, feature: Tensor) -> End:
-        return End(*self.net.fork(name, feature)) if self.energies else End(feature, None)
+        return End(*self.net.fork(name, feature, self.images)) if self.energies else End(feature, None)
 
     def _output(self, name: str, logits: Tensor, ends: tuple[End, ...]) -> Output:
-        features = self.net.maps(name, (end.feature for end in ends))
+        features = self.net.maps(name, (end.feature for end in ends), self.images)
         return Output(logits, features, tuple(end.energy for end in ends if end.energy is not None))
 
-    def whole(self, name: str, x: Tensor) -> None:
+    def whole(self, name: str) -> None:
         """Forward and backward of one net that has nothing in common with others."""
         with _weights_cast_anew(keep=not self.logits), self.autocast():
-            output = self.net.run_whole(name, x)
+            output = self.net.run_whole(name, self.images)
         self._backward(name, output)
 
     def _node(self, name: str, i: int) -> object:

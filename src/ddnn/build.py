@@ -35,7 +35,7 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
     if image_size is not None and not isinstance(full_net, CifarResNet):  # which takes any
         _check_size(full_net, network.name, image_size)
     if network.weights is not None:
-        load_weights(full_net, network.weights, fresh_classifier=network.fresh_classifier)
+        load_weights(full_net, network.weights, fresh_classifier=network.fresh_classifier, stages=network.stages)
     net = nest(
         full_net,
         table if network.subnets is None else network.subnets,
@@ -54,10 +54,11 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
     return net.alone(network.alone)
 
 
-def check(recipe: Recipe) -> None:
-    """Raise what is wrong with the recipe's networks, without their weights or data."""
-    net = build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size)
-    make_objective(recipe, list(net.depths))
+def check(recipe: Recipe) -> list[str]:
+    """The names of the recipe's nets, the full-net last; raises what is wrong with them, without weights or data."""
+    nets = list(build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size).depths)
+    make_objective(recipe, nets)
+    return nets
 
 
 def make_objective(recipe: Recipe, nets: Sequence[str]) -> EKD:
@@ -69,10 +70,12 @@ def make_objective(recipe: Recipe, nets: Sequence[str]) -> EKD:
     return objective
 
 
-def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) -> None:
+def load_weights(
+    net: nn.Module, path: Path, *, fresh_classifier: bool = False, stages: Sequence[str] | None = None
+) -> None:
     """Load the weights of an ordinary network, or of a run's full-net, strictly; `RecipeError` says what does not fit.
 
-    With `fresh_classifier` the net's classifier is left as it is.
+    With `fresh_classifier` the net's classifier is left as it is. `stages` are their names where they have to be given.
     """
     ours = net.state_dict()
     weights = _of_full_net(_read(path), ours.keys(), path)
@@ -89,29 +92,28 @@ def load_weights(net: nn.Module, path: Path, *, fresh_classifier: bool = False) 
     if differing:
         name = differing[0]
         shapes = f"{name} of shape {tuple(weights[name].shape)}, the network needs {tuple(ours[name].shape)}"
-        if not _only_classes(net, {name: (weights[name], ours[name]) for name in differing}):
+        if not _only_classes(_classifier(net, stages), {name: (weights[name], ours[name]) for name in differing}):
             raise RecipeError(f"network.weights: {path} is of another network: it holds {shapes}")
         if not fresh_classifier:
             raise RecipeError(
                 f"network.weights: {path} was trained for another number of classes: it holds {shapes}; "
                 "network.fresh_classifier=true takes everything but the classifier"
             )
-    fresh = _classifier(net) if fresh_classifier else ()
+    fresh = _classifier(net, stages) if fresh_classifier else ()
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(fresh)}
     net.load_state_dict(kept, strict=not fresh and all(k in weights for k in ours))
 
 
-def _only_classes(net: nn.Module, differing: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+def _only_classes(classifier: tuple[str, ...], differing: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
     """Whether these tensors differ in nothing but the number of classes."""
-    classifier = _classifier(net)
     return all(
         name.startswith(classifier) and theirs.shape[1:] == ours.shape[1:] for name, (theirs, ours) in differing.items()
     )
 
 
-def _classifier(net: nn.Module) -> tuple[str, ...]:
+def _classifier(net: nn.Module, stages: Sequence[str] | None) -> tuple[str, ...]:
     """How the names of its tensors begin."""
-    anatomy, _ = anatomy_of(net)
+    anatomy, _ = anatomy_of(net, stages=stages)
     return tuple(f"{layer}." for layer in anatomy.classifier(net))
 
 

@@ -123,6 +123,13 @@ class RunFolder:
             raise RunError(f"{path} is damaged and cannot be read: {error}") from None
         return content
 
+    def finished(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `run.json` and `summary.json` say; `RunError` for a run that has not ended."""
+        about, summary = self.read_json("run.json"), self.read_json("summary.json")
+        if about is None or summary is None:
+            raise RunError(f"the run in {self.path} is not finished; go on with: ddnn train --resume {self.path}")
+        return about, summary
+
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far. A last line torn by a kill is left out."""
         path = self.path / "metrics.jsonl"

@@ -47,9 +47,12 @@ def _summed_squares(feature: Tensor) -> Tensor:
 
 
 def _factor(feature: Tensor, gradient: Tensor) -> Tensor:
-    """By what the feature is multiplied to have its gradient, from that of its energy."""
+    """f [N, 1, H, W], so that the gradient of a feature is f times the feature, from that of its energy."""
     n, c, h, w = feature.shape
-    factor = (2 * gradient).to(feature.dtype).view(n, 1, h, w)
+    factor = (2 * gradient).view(n, 1, h, w)
+    if feature.dtype == torch.float16:  # whose range a scaled loss exceeds before the feature makes it small again
+        return factor
+    factor = factor.to(feature.dtype)
     if feature.device.type == "cpu" and c * feature.element_size() < VECTOR_BYTES and channels_last(feature):
         # repeated while they multiply, factors of so few neighbours take five times as long as repeated before
         return factor.expand_as(feature).contiguous(memory_format=torch.channels_last)
@@ -70,7 +73,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> Tensor:
         (feature,) = ctx.saved_tensors
-        return feature * _factor(feature, gradient[0])
+        return (feature * _factor(feature, gradient[0])).to(feature.dtype)
 
 
 class _Fork(torch.autograd.Function):
@@ -87,4 +90,8 @@ class _Fork(torch.autograd.Function):
         if of_energy is None:
             return of_feature
         factor = _factor(feature, of_energy)
-        return feature * factor if of_feature is None else torch.addcmul(of_feature, feature, factor)
+        if of_feature is None:
+            return (feature * factor).to(feature.dtype)
+        if feature.dtype == factor.dtype:
+            return torch.addcmul(of_feature, feature, factor)
+        return (of_feature + feature * factor).to(feature.dtype)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN
 from ddnn.processes import ALONE, Processes
+from ddnn.proof import at_rest
 
 
 class Accuracy(TypedDict):
@@ -58,7 +59,6 @@ def measures(net: DDNN, scores: Mapping[str, Accuracy], image_size: int, device:
     }
 
 
-@torch.no_grad()
 def accuracy(
     net: DDNN,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -70,17 +70,15 @@ def accuracy(
     `only` names some of the nets. Several processes each give batches of their own, and all get the accuracy over the
     batches of all.
     """
-    training = net.training
-    net.eval()
     kind = next(net.parameters()).dtype
     names = list(net.depths if only is None else only)
     counts = torch.zeros(len(names), 2, dtype=torch.int64)
     images = 0
-    for x, target in batches:
-        outputs = net(x.to(kind), only=names)
-        counts += torch.stack([hits(outputs[name].logits, target).cpu() for name in names])
-        images += len(x)
-    net.train(training)
+    with at_rest(net):
+        for x, target in batches:
+            outputs = net(x.to(kind), only=names)
+            counts += torch.stack([hits(outputs[name].logits, target).cpu() for name in names])
+            images += len(x)
     *right, total = processes.sum(torch.cat([counts.flatten(), torch.tensor([images])])).tolist()
     assert total, "no images to evaluate on"
     return {

@@ -10,7 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ddnn.families.split import IndivisibleError
 from ddnn.proof import at_rest, logits_of, overwrites
 from ddnn.sharing import Depths, HeadPolicy, NormPolicy, agreement, nested, owner
 from ddnn.table import Wanted, check_network, check_policies, table_of
-from ddnn.tied import give_to_all, keep_each_once
+from ddnn.tied import give_to_all, keep_each_once, kept_shared
 
 
 class Output(NamedTuple):
@@ -87,6 +87,11 @@ class DDNN(nn.Module):
         self.register_state_dict_post_hook(keep_each_once)
         self.register_load_state_dict_pre_hook(give_to_all)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DDNN":
+        """What `to` and `to_empty` come down to: where torch makes new parameters, they are shared as before."""
+        with kept_shared(self):
+            return super()._apply(fn, recurse)
+
     @property
     def full_name(self) -> str:
         """Name of the full-net."""
@@ -135,10 +140,10 @@ class DDNN(nn.Module):
                 feature = step.block(feature)
                 if step.node in ends:
                     if energies:
-                        feature, made[step.node] = self.fork(name, feature)
+                        feature, made[step.node] = self.fork(name, feature, x)
                     ran[step.node] = feature
             passed = [step.node for step in path if step.ends_stage]
-            features = self.maps(name, [ran[node] for node in passed])
+            features = self.maps(name, [ran[node] for node in passed], x)
             outputs[name] = Output(
                 self.head_of(name, feature), features, tuple(made[node] for node in passed) if energies else ()
             )
@@ -161,13 +166,17 @@ class DDNN(nn.Module):
         """Output of a net's last stage, as its last block gives it -> its logits [N, classes]."""
         return self.anatomies[name].head(self.nets[name], feature)
 
-    def maps(self, name: str, features: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of a net's stages, as their blocks give them -> maps [N, channels, height, width]."""
-        return tuple(self.anatomies[name].feature_map(self.nets[name], feature) for feature in features)
+    def maps(self, name: str, features: Iterable[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of a net's stages for the images `x`, as their blocks give them -> maps [N, channels, height, width].
 
-    def fork(self, name: str, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of a stage, as its last block gives it -> the same to go on with, and its map's energy [N, H*W]."""
-        (its_map,) = self.maps(name, [feature])
+        Of the images only their size matters.
+        """
+        anatomy, net, image = self.anatomies[name], self.nets[name], x.shape[-2:]
+        return tuple(anatomy.feature_map(net, feature, image) for feature in features)
+
+    def fork(self, name: str, feature: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of a stage for the images `x` -> the same to go on with, and its map's energy [N, H*W]."""
+        (its_map,) = self.maps(name, [feature], x)
         return fork(feature) if its_map is feature else (feature, energy(its_map))
 
     def run_whole(self, name: str, x: Tensor) -> Output:
@@ -189,7 +198,9 @@ class DDNN(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Output(logits, self.maps(name, [seen[end] for end in ends]))
+        if missing := [end for end in ends if end not in seen]:
+            raise NestingError(f"net {name} did not run {missing[0]} this time, and so has no output of that stage")
+        return Output(logits, self.maps(name, [seen[end] for end in ends], x))
 
     def subnet(self, name: str) -> nn.Module:
         """A copy of one net as an ordinary network of its library, independent of this DDNN.
@@ -259,6 +270,12 @@ def nest(
     check_policies(full_net, anatomy, norm, head)
     table = table_of(full_net, subnets, full_name, anatomy)
     if anatomy.family.whole is None:
+        if any(getattr(module, "grad_checkpointing", None) is True for module in full_net.modules()):
+            warnings.warn(
+                f"gradient checkpointing of {type(full_net).__name__} has no effect, as a DDNN runs its blocks one by "
+                "one; ddnn.branchwise.branchwise_backward (train.lean in a recipe) saves memory instead",
+                stacklevel=2,
+            )
         try:
             net = assemble(full_net, table, anatomy, norm, head)
             if example is None:
@@ -314,16 +331,18 @@ def _differing(net: DDNN, x: Tensor) -> str | None:
         return next((name for name in net.nets if not torch.equal(outputs[name].logits, expected[name])), None)
 
 
-def recalibrate(net: DDNN, batches: Iterable[Tensor]) -> None:
+def recalibrate(net: DDNN, batches: Iterable[Tensor | Sequence[Any]]) -> None:
     """Recompute the running norm statistics of every net from batches of images [N, C, H, W], as plain averages.
 
-    Raises `DDNNError` where there is no batch.
+    A batch may also be a list or tuple that begins with the images, as a `DataLoader` gives them. Raises `DDNNError`
+    where there is no batch.
     """
     coming = iter(batches)
     first = next(coming, None)
     if first is None:
         raise DDNNError("recalibrate needs at least one batch of images; it was given none")
     kind = next(net.parameters()).dtype
-    update_bn((x.to(kind) for x in itertools.chain([first], coming)), net)
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in itertools.chain([first], coming))
+    update_bn((x.to(kind) for x in images), net)
     if net.norm == "recalibrated":
         net.calibrated.fill_(True)

@@ -53,8 +53,12 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
             f"target must hold {images} classes, or probabilities of {classes} classes for {images} images, as many as "
             f"the logits; its shape is {tuple(target.shape)}"
         )
-    if target.ndim == 1 and target.is_floating_point():
-        raise DDNNError(f"target must hold classes as whole numbers; these are of type {target.dtype}")
+    of_classes = target.ndim < logits.ndim
+    if target.is_floating_point() == of_classes:
+        wanted = "classes as whole numbers" if of_classes else "probabilities as floating-point numbers"
+        raise DDNNError(f"target must hold {wanted}; these are of type {target.dtype}")
+    if of_classes:
+        target = target.long()  # whichever whole numbers they are
     try:
         return F.cross_entropy(logits.to(precise(logits)), target, label_smoothing=label_smoothing)
     except IndexError:  # on a CPU; a GPU's own message comes later
@@ -272,6 +276,8 @@ class EKD:
         With a `teacher`, the output of some other network, every net in `outputs` is its student: two-model knowledge
         distillation, the rival that this method is compared with.
         """
+        if not isinstance(target, Tensor):
+            raise DDNNError(f"target must be a tensor of classes or of probabilities, not a {type(target).__name__}")
         students = dict(outputs)
         if not students:
             raise DDNNError("the objective needs the outputs of at least one net; there are none")

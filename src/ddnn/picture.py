@@ -1,5 +1,6 @@
 """From an image file to upright RGB pixels, the same in training and on a device."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,22 @@ from ddnn.errors import DataError
 
 # Formats that PIL decodes by itself. Its others include some that start programs (EPS) or serve no photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
+
+
+def images_under(folder: str, within: str = "") -> list[str]:
+    """Paths within `folder` of its images, at any depth and in any order; nothing hidden. Raises `OSError`."""
+    found: list[str] = []
+    with os.scandir(os.path.join(folder, within)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += images_under(folder, f"{within}{entry.name}/")
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(within + entry.name)
+    return found
 
 
 class UnreadableError(Exception):

@@ -169,7 +169,7 @@ def together(device: torch.device, patience: timedelta) -> Iterator[Processes]:
         ) from error
     try:
         yield processes
-        processes.agree(0)  # the answer to the last call is still on its way
+        processes._answer()  # the one to the last call is still on its way
     except RuntimeError as error:
         if not _lost(error):
             raise

@@ -1,10 +1,11 @@
 """From what a user asks for to a table of depths, and what can't be nested: one sentence each."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from ddnn.errors import NestingError
 from ddnn.families.family import Anatomy
@@ -40,6 +41,14 @@ def check_network(net: nn.Module) -> None:
     lazy = next((name for name, p in net.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise NestingError(f"{kind} has layers without a shape yet ({lazy}); run it on a batch once, then nest it")
+    for name, module in net.named_modules():
+        held = next((k for k, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is not None), None)
+        if held is not None:
+            whose = f"{kind}.{name}" if name else kind
+            raise NestingError(
+                f"{whose} holds a tensor with a gradient in its attribute {held!r}, left by a forward or by old weight "
+                "or spectral norms or pruning, and can't be copied; delete it, or use torch.nn.utils.parametrizations"
+            )
     names: dict[int, str] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         twin = names.setdefault(id(parameter), name)
@@ -72,7 +81,7 @@ def table_of(net: nn.Module, wanted: Wanted, full_name: str, anatomy: Anatomy) -
             given = [given.get(stage, blocks) for stage, blocks in zip(names, full, strict=True)]
         if not isinstance(given, Sequence):
             raise NestingError(f"sub-net {name}: {given!r} is no number of blocks for each stage ({has})")
-        depths = tuple(given)
+        depths = tuple(map(_as_int, given))
         if len(depths) != len(full):
             raise NestingError(
                 f"sub-net {name}: {depths} gives {len(depths)} stages, the full-net has {len(full)} ({has})"
@@ -94,6 +103,14 @@ def table_of(net: nn.Module, wanted: Wanted, full_name: str, anatomy: Anatomy) -
             raise NestingError(f"sub-net {full_name} has the full-net's name; give another full_name")
         return {**table, full_name: full}
     return {**{name: depths for name, depths in table.items() if name != named}, named: full}
+
+
+def _as_int(number: Any) -> Any:
+    """An `int` for whatever counts as one, such as NumPy's; anything else as it is."""
+    try:
+        return number if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return number
 
 
 def check_name(name: str) -> None:

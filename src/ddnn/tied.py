@@ -1,10 +1,11 @@
 """The state dict of nets that share tensors: every tensor once, under its name in the last net that has it.
 
-Two hooks for a module whose `nets` is a `ModuleDict` of such nets, the full-net last. Whoever goes through its state
-dict, to save or to average it, meets no tensor twice, and loading one fills all nets.
+Two hooks for a module whose `nets` is a `ModuleDict` of such nets, the full-net last, and a guard of what they share.
+Whoever goes through its state dict, to save or to average it, meets no tensor twice, and loading one fills all nets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 from torch import Tensor, nn
@@ -28,6 +29,21 @@ def give_to_all(
     for name, kept in _kept_names(module).items():
         if prefix + kept in state:
             state.setdefault(prefix + name, state[prefix + kept])
+
+
+@contextmanager
+def kept_shared(module: nn.Module) -> Iterator[None]:
+    """Whatever is replaced meanwhile: parameters and buffers that were one tensor are one tensor afterwards."""
+    places: dict[int, list[tuple[dict[str, Tensor | None], str]]] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append((held, name))  # type: ignore[arg-type]
+    yield
+    for (held, name), *others in places.values():
+        for theirs, its_name in others:
+            theirs[its_name] = held[name]
 
 
 def _kept_names(module: nn.Module) -> dict[str, str]:

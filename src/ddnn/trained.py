@@ -23,9 +23,7 @@ from ddnn.recipe import Recipe
 
 def load_trained(run: RunFolder) -> tuple[DDNN, dict[str, Any]]:
     """The trained net of a finished run on the CPU, in eval mode, and what `run.json` says of it."""
-    about, summary = run.read_json("run.json"), run.read_json("summary.json")
-    if about is None or summary is None:
-        raise RunError(f"the run in {run.path} is not finished; go on with: ddnn train --resume {run.path}")
+    about, summary = run.finished()
     try:
         classes, size, digest = len(about["data"]["classes"]), about["data"]["image_size"], summary["weights_sha256"]
     except (LookupError, TypeError):

@@ -7,7 +7,6 @@ the step, so nothing but the step count, weights, optimiser and averages has to 
 import contextlib
 import itertools
 import logging
-import os
 import platform
 import subprocess
 import time
@@ -26,6 +25,7 @@ from ddnn.branchwise import branchwise_backward
 from ddnn.build import build, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.cost import BUDGET_S, step_cost
+from ddnn.cpus import available_cpus
 from ddnn.data import DataSet, stream_key
 from ddnn.device import (
     PeakMemory,
@@ -229,7 +229,7 @@ def train_epoch(
                 saved = time.monotonic()
             if wish == STOP:
                 notice.end(f" after step {state.step}, of which a checkpoint was kept")
-    if notice.given:
+    if processes.most(notice.given):  # in the last step no call follows by which the others would learn of it
         notice.end(f" after step {state.step}, of which a checkpoint was kept")
 
 
@@ -380,7 +380,7 @@ def describe(recipe: Recipe, dataset: DataSet, device: torch.device, processes: 
         "machine": {
             "platform": platform.platform(),
             "device": threads(device),
-            "cpus": os.cpu_count(),
+            "cpus": available_cpus(),
             "processes": processes,
         },
         "commit": commit(),

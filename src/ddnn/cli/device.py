@@ -127,8 +127,8 @@ def profile(
 
     Measurements of other combinations are kept. The figure of accuracy against latency needs matplotlib.
     """
+    from ddnn.cpus import available_cpus
     from ddnn.runtime import profile as profiles
-    from ddnn.runtime.machine import available_cpus
     from ddnn.runtime.manifest import read
 
     manifest = read(bundle)
@@ -224,8 +224,9 @@ def pick(
 
     If none fits it says by how much, and the exit code is 1.
     """
+    from ddnn.cpus import available_cpus
     from ddnn.runtime import profile as profiles
-    from ddnn.runtime.machine import available_cpus, this_machine
+    from ddnn.runtime.machine import this_machine
     from ddnn.runtime.manifest import read
 
     manifest = read(bundle)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ddnn import data
 from ddnn import recipe as recipes
-from ddnn.build import build, check, make_objective
+from ddnn.build import check, make_objective
 from ddnn.checkpoint import RunFolder
 from ddnn.compare.engine import Engine, Local, see_log
 from ddnn.compare.outcome import collect, methods_in, seconds_left, seeds_in, summary_of
@@ -64,9 +64,7 @@ def compare(
     """
     begun = _begun(folder)
     recipe = settled(recipe, begun)
-    check(recipe)
-    net = build(recipe.network.unweighted(), num_classes=2)
-    nets = list(net.depths)
+    nets = check(recipe)
 
     def check_method(made: Recipe, method: str) -> None:
         recipes.validate(made, f"what {method} makes of the recipe")
@@ -91,8 +89,8 @@ def compare(
         most = max(seeds, seeds_in(folder))
         kept = methods_in(folder, plan(ready, METHODS, most, nets))
         every = plan(ready, [*methods, *kept], most, nets)
-        collect(folder, recipe, every, name)
-        failed = _run(folder, jobs, watcher, engine, lambda: collect(folder, recipe, every, name))
+        collect(folder, recipe, every, nets, name)
+        failed = _run(folder, jobs, watcher, engine, lambda: collect(folder, recipe, every, nets, name))
     finally:
         engine.close()
     if failed:

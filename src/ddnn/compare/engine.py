@@ -1,6 +1,5 @@
 """What the trainings of a comparison run on: here processes of this machine; `over_ray` has the hosts of a cluster."""
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -9,6 +8,7 @@ from typing import Protocol
 
 from ddnn.compare.plan import Job
 from ddnn.compare.process import train_run
+from ddnn.cpus import available_cpus
 from ddnn.device import choose_device
 from ddnn.recipe import Recipe, changed
 
@@ -53,7 +53,7 @@ class Local:
         train = recipe.train
         if self.workers == 1 or train.threads is not None or choose_device(train.device).type != "cpu":
             return recipe
-        return changed(recipe, train={"threads": max(1, (os.cpu_count() or 1) // self.workers)})
+        return changed(recipe, train={"threads": max(1, available_cpus() // self.workers)})
 
     def takes_more(self) -> bool:
         """Whether a worker is free."""

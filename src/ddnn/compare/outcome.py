@@ -18,8 +18,11 @@ from ddnn.recipe import Network, Recipe
 
 def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
     """The `summary.json` of a training; None where it has not ended."""
-    path = folder / "runs" / job.name
-    return RunFolder(path, job.recipe).read_json("summary.json")
+    return _run_of(folder, job).read_json("summary.json")
+
+
+def _run_of(folder: Path, job: Job) -> RunFolder:
+    return RunFolder(folder / "runs" / job.name, job.recipe)
 
 
 def methods_in(folder: Path, jobs: Iterable[Job]) -> list[str]:
@@ -38,12 +41,16 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a
 
     `at_a_time` trainings share the work. How they slow each other down is in their seconds already.
     """
+    begun = next(filter(None, (_run_of(folder, job).read_json("run.json") for job in jobs)), None)
+    if begun is None:
+        return None
+    images = _images(begun)
     spent, macs_done, macs_left = 0.0, 0.0, 0.0
     for job in jobs:
         if job.name in failed:
             continue
-        epochs = RunFolder(folder / "runs" / job.name, job.recipe).metrics()
-        costs = _costs(job.recipe)
+        epochs = _run_of(folder, job).metrics()
+        costs = _costs(job.recipe, *images)
         spent += sum(epoch["seconds"]["total"] for epoch in epochs)
         macs_done += sum(costs[: len(epochs)])
         macs_left += sum(costs[len(epochs) :])
@@ -53,29 +60,35 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a
 @functools.cache
 def _macs_per_image(network_json: str, size: int, classes: int) -> tuple[int, int, int]:
     """MACs of one image forward: through the deepest net that is trained, through all that are, through a teacher."""
-    network = Network.model_validate_json(network_json).unweighted()
+    network = Network.model_validate_json(network_json)
     whole = build(network.model_copy(update={"alone": None}), classes, size)
     net = whole if network.alone is None else whole.alone(network.alone)
     return macs(net.nets[net.full_name], size), macs(net, size), macs(whole.nets[whole.full_name], size)
 
 
-def _costs(recipe: Recipe, size: int | None = None, classes: int = 10) -> list[int]:
+def _images(about: dict[str, Any]) -> tuple[int, int]:
+    """Side in pixels and number of classes of the images that a training found, by its `run.json`."""
+    return about["data"]["image_size"], len(about["data"]["classes"])
+
+
+def _costs(recipe: Recipe, size: int, classes: int) -> list[int]:
     """MACs per image of every epoch: forward once, backward twice as much; a separate teacher's forward too."""
-    size = size or recipe.data.image_size or 32
-    full, tree, teacher = _macs_per_image(recipe.network.model_dump_json(), size, classes)
+    full, tree, teacher = _macs_per_image(recipe.network.unweighted().model_dump_json(), size, classes)
     taught = teacher if recipe.objective.teacher is not None else 0
     first = recipe.train.full_net_epochs
     return [3 * full + taught] * first + [3 * tree + taught] * (recipe.train.epochs - first)
 
 
-def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[str, Any]:
+def collect(folder: Path, recipe: Recipe, jobs: list[Job], nets: list[str], name: str) -> dict[str, Any]:
     """Write `comparison.json` from the runs finished so far, and return it. Accuracies not there yet are null.
 
-    `macs_per_step` is a method's MACs in all, divided by the steps of one net's training alone.
+    `nets` are the names of the recipe's, the full-net last. `macs_per_step` is a method's MACs in all, divided by the
+    steps of one net's training alone.
     """
-    summaries = {job.name: summary_of(folder, job) for job in jobs}
-    done = {name: summary for name, summary in summaries.items() if summary}
-    about = {name: _about(folder, name) for name in done}
+    about, done = {}, {}
+    for job in jobs:
+        if summary_of(folder, job) is not None:
+            about[job.name], done[job.name] = _run_of(folder, job).finished()
     seeds = sorted({job.seed for job in jobs})
     content: dict[str, Any] = {
         "dataset": recipe.data.source,
@@ -89,19 +102,18 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
         "methods": {},
     }
     by_name = {job.name: job for job in jobs}
-    order = list(build(recipe.network.unweighted(), 2).depths)
-    for net in order:
+    for net in nets:
         rows = [summary["subnets"][net] for summary in done.values() if net in summary["subnets"]]
         if rows:
             kept = {key: rows[0][key] for key in ("depths", "params", "macs")}
             content["nets"][net] = {**kept, "latency_ms": statistics.median(row["latency_ms"] for row in rows)}
     for method in sorted({job.method for job in jobs}, key=list(METHODS).index):
         mine = {seed: [job for job in jobs if job.method == method and job.seed == seed] for seed in seeds}
-        top1: dict[str, list[float | None]] = {net: [] for net in order}
+        top1: dict[str, list[float | None]] = {net: [] for net in nets}
         seconds, cpu_seconds, memory, steps = [], [], [], []
         for seed in seeds:
             finished = [done[job.name] for job in mine[seed] if job.name in done]
-            for net in order:
+            for net in nets:
                 found = [summary["subnets"][net]["top1"] for summary in finished if net in summary["subnets"]]
                 top1[net].append(found[0] if found else None)
             # what the method costs includes the training of a teacher that it needs
@@ -111,9 +123,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
                 seconds.append(sum(done[name]["train_seconds"] for name in all_jobs))
                 cpu_seconds.append(sum(done[name]["cpu_seconds"] for name in all_jobs))
                 memory.append(max(done[name]["peak_memory_mb"] for name in all_jobs))
-                data = about[next(iter(all_jobs))]["data"]
-                size, classes = data["image_size"], len(data["classes"])
-                per_image = sum(sum(_costs(job.recipe, size, classes)) for job in all_jobs.values())
+                images = _images(about[next(iter(all_jobs))])
+                per_image = sum(sum(_costs(job.recipe, *images)) for job in all_jobs.values())
                 steps.append(recipe.train.batch_size * per_image / recipe.train.alone_epochs)
         content["methods"][method] = {
             "subnets": top1,
@@ -140,8 +151,3 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], name: str) -> dict[st
 
 def _distinct(texts: Iterable[str | None]) -> str:
     return ", ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _about(folder: Path, name: str) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((folder / "runs" / name / "run.json").read_text(encoding="utf-8"))
-    return about

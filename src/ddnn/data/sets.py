@@ -1,7 +1,6 @@
 """A data set ready to train on: split by class, and either decoded into memory or left to be read by workers."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddnn.cpus import available_cpus
 from ddnn.data import decode, sources
 from ddnn.data.augment import for_evaluation, stream
 from ddnn.data.sources import Labelled
@@ -216,7 +216,7 @@ def _images(
     images: dict[str, Images] = {}
     for name, part in parts.items():
         side = size if name == "training" else data.shorter_side(size)
-        chunk = _chunk(part) if data.shuffle == "chunks" else None
+        chunk = _chunk(part) if data.shuffle == "chunks" and part.reader.chunks is not None else None
         if name in held:
             images[name] = _held(part, size, side, skipped, chunk)
         else:
@@ -284,7 +284,7 @@ def _limited(images: Labelled, limit: int | None, seed: int, name: str) -> Label
 def _chunk(images: Labelled) -> Tensor:
     """Number of the chunk that each image is in."""
     starts = images.reader.chunks
-    assert starts is not None, "sources.find checks this"
+    assert starts is not None
     return torch.searchsorted(starts, images.index, right=True) - 1
 
 
@@ -337,7 +337,7 @@ def _held(images: Labelled, size: int, side: int, skipped: decode.Skipped, chunk
         return failed
 
     # Threads do, as PIL decodes outside Python's lock; more than there are cores only wait for it.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         tasks = [pool.submit(put, range(i, min(i + 128, len(numbers)))) for i in range(0, len(numbers), 128)]
         try:
             for place, reason in (failure for task in tasks for failure in task.result()):

@@ -49,10 +49,10 @@ def export_run(
     check_free(out)  # this and the next before the data are loaded
     if kind != "bundle":
         alone.format_of(kind)
-    net, ran = load_trained(run)
+    net, _ = load_trained(run)
     dataset = data_of(run)
     images = _images(dataset, dataset.test, PARITY_IMAGES)
-    about = _about(run, ran, dataset)
+    about = _about(run, dataset)
     if kind != "bundle":
         return alone.export_alone(net, out, images, about, kind, subnets)
     if not int8:
@@ -75,9 +75,8 @@ def _images(dataset: DataSet, images: Images, count: int) -> Tensor:
     return torch.cat([x for x, _ in batches])
 
 
-def _about(run: RunFolder, ran: dict[str, Any], dataset: DataSet) -> About:
-    summary = run.read_json("summary.json")
-    assert summary is not None
+def _about(run: RunFolder, dataset: DataSet) -> About:
+    ran, summary = run.finished()
     accuracy: dict[str, dict[str, Any]] = {}
     for name, row in summary["subnets"].items():
         accuracy[name] = {"top1": row["top1"], "top5": row["top5"]}

@@ -29,9 +29,18 @@ FAMILIES: list[Family] = [
 """Asked in this order; append your own `Family` to nest a network that is not listed."""
 
 
+TESTED = ("torch", "torchvision", "timm", "ddnn")
+"""Libraries whose networks our tests take apart and compare, bitwise."""
+
+
 def family_of(net: nn.Module) -> Family | None:
     """The family that lists this network, if one does."""
     return next((family for family in FAMILIES if family.matches(net)), None)
+
+
+def _is_its_librarys(net: nn.Module) -> bool:
+    """Whether every module in it is of a class that our tests know, and not somebody's own block or layer."""
+    return all(type(module).__module__.partition(".")[0] in TESTED for module in net.modules())
 
 
 def anatomy_of(
@@ -54,7 +63,7 @@ def anatomy_of(
         except IndivisibleError as indivisible:
             anatomy = replace(known, whole=str(indivisible)).anatomy(net)
         images = None
-        if listed is None:
+        if listed is None or not _is_its_librarys(net):
             with suppress(NestingError):
                 images = images_for(net, example)
     return anatomy, None if images is None or images.is_meta else images

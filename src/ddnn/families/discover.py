@@ -46,7 +46,7 @@ class Behaviour:
 def example_for(net: nn.Module) -> Tensor:
     """Images that the network takes, on the meta device, found out by trying; `NestingError` if none of them do."""
     ghost_net = ghost(net).eval()
-    for channels, size in itertools.product(_channels(net), [*_declared_sizes(net), *SIZES]):
+    for channels, size in itertools.product(_channels(net), [*declared_sizes(net), *SIZES]):
         x = torch.empty(2, channels, size, size, device="meta")
         with suppress(Exception), torch.no_grad():
             ghost_net(x)
@@ -203,7 +203,7 @@ def _channels(net: nn.Module) -> list[int]:
     return list(dict.fromkeys([first, 3, 1]))
 
 
-def _declared_sizes(net: nn.Module) -> list[int]:
+def declared_sizes(net: nn.Module) -> list[int]:
     """Sizes of images that the network itself mentions."""
     sizes = []
     for holder in (net, getattr(net, "patch_embed", None)):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -197,17 +197,17 @@ class Anatomy:
                 return (f"{name}.{layer[0]}".rstrip("."),)
         return ()
 
-    def feature_map(self, net: nn.Module, feature: Tensor) -> Tensor:
-        """What a block gives, as a map [N, C, H, W].
+    def feature_map(self, net: nn.Module, feature: Tensor, image: Sequence[int]) -> Tensor:
+        """What a block gives, as a map [N, C, H, W]; `image` is the height and width of the images it comes from.
 
         Tokens that are no places in the image (class, registers) are left out, the others laid out as the grid they
-        come from: the network's own, else a square.
+        come from.
         """
         if feature.ndim == 4:
             return feature.permute(0, 3, 1, 2) if self.family.axes == "NHWC" else feature
         if feature.ndim == 3:
             tokens = feature[:, self._prefix(net, feature.shape[1]) :]
-            height, width = _grid(net, tokens.shape[1])
+            height, width = _grid(net, tokens.shape[1], image)
             return tokens.transpose(1, 2).unflatten(2, (height, width))
         if feature.ndim == 2:
             return feature[:, :, None, None]
@@ -235,12 +235,25 @@ def _last_layer(module: nn.Module) -> list[str]:
     ]
 
 
-def _grid(net: nn.Module, places: int) -> tuple[int, int]:
-    declared = getattr(getattr(net, "patch_embed", None), "grid_size", None)
-    if isinstance(declared, tuple) and len(declared) == 2 and math.prod(declared) == places:
-        return declared
+def _grid(net: nn.Module, places: int, image: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of so many places: those of the image's proportions, of its patches, or what the net declares.
+
+    What fits none of these is a square or, at worst, a row.
+    """
+    height, width = image
+    embedding = getattr(net, "patch_embed", None)
+    rows = math.isqrt(places * height // width)
+    grids = [(rows, rows * width // height)] if rows * width % height == 0 else []
+    if _is_pair(patch := getattr(embedding, "patch_size", None)):
+        grids += [(height // patch[0], width // patch[1]), (-(-height // patch[0]), -(-width // patch[1]))]
+    if _is_pair(declared := getattr(embedding, "grid_size", None)):
+        grids.append(declared)
     side = math.isqrt(places)
-    return (side, side) if side * side == places else (1, places)
+    return next((grid for grid in [*grids, (side, side)] if math.prod(grid) == places), (1, places))
+
+
+def _is_pair(found: object) -> TypeGuard[tuple[int, int]]:
+    return isinstance(found, tuple) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)
 
 
 def _holder(stage: Stage) -> str:

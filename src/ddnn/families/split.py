@@ -7,6 +7,7 @@ first of the two gave. So stem and head are the library's own code, whatever its
 
 import inspect
 import operator
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from ddnn.errors import first_line
@@ -154,17 +157,25 @@ def _trace(net: nn.Module, units: Sequence[Sequence[str]], training: bool) -> _T
     defaults = {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
     with _mode([net.get_submodule(name) for name in through], training), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arguments that it takes for constants
+        drawn = _random_state()
         try:
             graph = _Tracer(through).trace(net, concrete_args=defaults or None)
         except IndivisibleError:
             raise
         except Exception as error:  # whatever a forward may do with what is no tensor
             raise IndivisibleError(f"torch.fx can't follow it ({first_line(error)})") from None
+    if _random_state() != drawn:  # what is drawn now would be decided for good
+        raise IndivisibleError("it draws random numbers between its blocks")
     image = next((node for node in graph.nodes if node.op == "placeholder"), None)
     if image is None:
         raise IndivisibleError("it takes no images")
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     return _Trace(image, [[_only_call(graph, name) for name in names] for names in units], result)
+
+
+def _random_state() -> tuple[object, ...]:
+    """Of the generators that Python code draws from."""
+    return random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())
 
 
 @contextmanager

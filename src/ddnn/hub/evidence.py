@@ -52,11 +52,9 @@ def of_run(run: RunFolder, comparison: Path | None = None) -> Evidence:
 
     If no folder of a comparison is given, and the run is the `ekd` of one, that is taken: what a card says of a
     comparison is said of `ekd`. Nothing tells where on this machine things lie. Raises `HubError` for a comparison of
-    other networks, data or settings.
+    other networks, data or settings, `RunError` for a run that has not ended.
     """
-    summary, about = run.read_json("summary.json"), run.read_json("run.json")
-    if summary is None or about is None:
-        raise HubError(f"the run in {run.path} is not finished; go on with: ddnn train --resume {run.path}")
+    about, summary = run.finished()
     place = run.path.resolve()
     around = place.parent.parent
     ours = place.parent.name == "runs" and place.name.startswith("ekd-seed")

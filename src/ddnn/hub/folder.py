@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ddnn.checkpoint import fill, weights_of
-from ddnn.errors import DDNNError, HubError, RunError, first_line
+from ddnn.errors import DDNNError, HubError, NestingError, RunError, first_line
 from ddnn.families import build as build_full_net
 from ddnn.families import family_of
+from ddnn.families.discover import example_for, ghost
 from ddnn.families.family import Family
 from ddnn.files import write_atomic
 from ddnn.hub.config import Config, Network, Preprocessing, checked, read
@@ -20,7 +21,6 @@ from ddnn.hub.remote import fetch
 from ddnn.network import DDNN, nest
 
 WEIGHTS = "model.safetensors"
-USUAL_SIZE = 224  # of images, where nothing says how large the network's are
 
 
 def save_pretrained(
@@ -54,7 +54,7 @@ def save_pretrained(
         {
             "network": {"name": network} if isinstance(network, str) else network,
             "stages": net.stages,
-            "num_classes": _num_classes(net, preprocessing.size if preprocessing else USUAL_SIZE),
+            "num_classes": _num_classes(net.nets[net.full_name], preprocessing),
             "depths": net.depths,
             "norm": net.norm,
             "head": net.head,
@@ -172,11 +172,21 @@ def _nested(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _num_classes(net: DDNN, size: int) -> int:
-    ghost = copy.deepcopy(net.nets[net.full_name]).to("meta").eval()
+def side_of(net: nn.Module, preprocessing: Preprocessing | None) -> int:
+    """Side in pixels of square images that the network takes: as it is said, else found out by trying."""
     try:
-        return int(ghost(torch.empty(1, 3, size, size, device="meta")).shape[1])
+        return preprocessing.size if preprocessing else example_for(net).shape[-1]
+    except NestingError:
+        raise HubError(
+            f"cannot tell what images {type(net).__name__} takes; say by preprocessing which it takes"
+        ) from None
+
+
+@torch.no_grad()
+def _num_classes(net: nn.Module, preprocessing: Preprocessing | None) -> int:
+    size = side_of(net, preprocessing)
+    try:
+        return int(ghost(net).eval()(torch.empty(1, 3, size, size, device="meta")).shape[1])
     except Exception as error:  # whatever a forward may raise on images that are not of its size
         raise HubError(
             f"the network does not take images of {size} px ({first_line(error)}); say by preprocessing which it takes"
@@ -192,7 +202,7 @@ def _check_name(net: DDNN, config: Config) -> None:
         named = _full_net(config, _named(config)).eval()
     except DDNNError as error:
         raise HubError(str(error)) from None
-    if other := difference(ours, named, config.preprocessing.size if config.preprocessing else USUAL_SIZE):
+    if other := difference(ours, named, side_of(ours, config.preprocessing)):
         raise HubError(f"network={config.network.name!r} is not the full-net of this DDNN: {other}")
 
 

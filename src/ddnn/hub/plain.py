@@ -13,7 +13,7 @@ from ddnn.files import write_atomic
 from ddnn.hub.card import About, write_card
 from ddnn.hub.config import Preprocessing
 from ddnn.hub.evidence import Evidence
-from ddnn.hub.folder import USUAL_SIZE, difference
+from ddnn.hub.folder import difference, side_of
 from ddnn.network import DDNN
 
 FILES = ("model.safetensors", "config.json")
@@ -55,7 +55,7 @@ def save_for_timm(
     folder = Path(folder)
     subnet = net.subnet(name).cpu().eval()
     tried = [architecture] if isinstance(architecture, str) else list(architecture or [name])
-    size = preprocessing.size if preprocessing else USUAL_SIZE
+    size = side_of(subnet, preprocessing)
     found, theirs = _in_timm(subnet, net.depths[name], tried, dict(options or {}), size)
     settings: dict[str, Any] = {}
     if classes is not None:

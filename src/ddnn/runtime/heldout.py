@@ -1,6 +1,5 @@
 """Labelled images that nothing was trained on, from a folder or a file, cut as the nets take them."""
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ddnn.errors import RequestError
+from ddnn.picture import images_under
 from ddnn.runtime.manifest import Manifest
 from ddnn.runtime.pixels import Pixels, from_file, squares
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 ALLOWED = (
     "a folder of class folders (<class>/*.jpg), or an .npz file with images, uint8 [N, H, W, 3], and labels, whole "
     "numbers [N]"
@@ -61,17 +60,13 @@ def _folder(root: Path, manifest: Manifest, limit: int) -> HeldOut:
     if unknown or not folders:
         what = f"its folder {unknown[0]} is no class of the bundle" if unknown else "it has no class folders"
         raise RequestError(f"{root} cannot be used: {what}; allowed are folders named {_some(manifest.classes)}")
+    files: list[tuple[Path, int]] = []
     for folder in folders:
         try:
-            os.scandir(folder).close()
+            found = sorted(images_under(str(folder)))
         except OSError as error:
-            raise RequestError(f"cannot read {folder}: {error.strerror}") from None
-    files = [
-        (path, manifest.classes.index(folder.name))
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-    ]
+            raise RequestError(f"cannot read {error.filename}: {error.strerror}") from None
+        files += [(folder / name, manifest.classes.index(folder.name)) for name in found]
     pixels: list[Pixels] = []
     labels: list[int] = []
     failed: list[str] = []

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import platform
 import re
 import sys
@@ -13,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnxruntime
+
+from ddnn.cpus import available_cpus
 
 _SIMD = re.compile(r"avx|sse|fma|amx|f16c|asimd|neon|sve|sme|i8mm|bf16|fphp|rvv")
 
@@ -45,25 +46,6 @@ def this_machine() -> Machine:
     """The machine this process runs on."""
     cpu, simd = _processor()
     return Machine(cpu, available_cpus(), simd, f"{platform.system()} {platform.machine()}", onnxruntime.__version__)
-
-
-def available_cpus() -> int:
-    """CPUs this process may use: those it is bound to, fewer where a control group grants less time; at least one."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(count, _granted())))
-
-
-def _granted() -> float:
-    """CPUs' worth of time that the control group of a container grants."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return float("inf")
-    return int(quota) / int(period) if quota not in ("max", "-1") else float("inf")
 
 
 def _processor() -> tuple[str, str]:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddnn.cpus import available_cpus
 from ddnn.errors import RequestError
 from ddnn.runtime import curve, profile
 from ddnn.runtime import manifest as manifests
 from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, plan, probabilities
-from ddnn.runtime.machine import available_cpus, this_machine
+from ddnn.runtime.machine import this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
 from ddnn.runtime.pixels import Floats, batch_of, from_file, normalised
 from ddnn.runtime.sessions import Sessions

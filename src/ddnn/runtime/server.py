@@ -27,8 +27,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from ddnn.cpus import available_cpus
 from ddnn.errors import DDNNError, OverloadError, RequestError
-from ddnn.runtime.machine import available_cpus
 from ddnn.runtime.pixels import from_bytes
 from ddnn.runtime.service import Answer, Service
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddnn.cpus import available_cpus
 from ddnn.errors import OverloadError, RequestError
-from ddnn.runtime.machine import available_cpus
 from ddnn.runtime.model import Model
 from ddnn.runtime.pixels import Floats, batch_of
 from ddnn.runtime.profile import in_turns, is_finite, is_whole, noise

@@ -30,16 +30,6 @@ def check(data: Data) -> None:
 
 def find(data: Data) -> Source:
     """Find the data set. Raises `DataError` where there is none, or where it is not one for classification."""
-    found = _find(data)
-    if data.shuffle == "chunks" and found.train.reader.chunks is None:
-        raise DataError(
-            f"data {data.source}: data.shuffle='chunks' is for parquet files and tar shards, where images lie side by "
-            "side; set data.shuffle='global'"
-        )
-    return found
-
-
-def _find(data: Data) -> Source:
     name = data.source
     if name == "digits":  # embedded: a run folder that is called digits too must not take its place
         return digits()
@@ -109,7 +99,13 @@ def _shards(place: str, root: str, files: list[str], data: Data) -> Source:
 
 
 def check_for_training(data: Data, found: Source) -> None:
-    """Raises `DataError` where there is nothing to tell apart, or where a split has classes that cannot be learned."""
+    """Raises `DataError` where there is nothing to tell apart, a split has classes that cannot be learned, or the
+    images have no chunks to be mixed by."""
+    if data.shuffle == "chunks" and found.train.reader.chunks is None:
+        raise DataError(
+            f"data {data.source}: data.shuffle='chunks' is for parquet files and tar shards, where images lie side by "
+            "side; set data.shuffle='global'"
+        )
     known = found.train.labels.unique()
     if len(known) < 2:
         raise DataError(f"data {data.source}: the training images are of {len(known)} class, at least 2 are needed")

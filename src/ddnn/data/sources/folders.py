@@ -12,10 +12,10 @@ from PIL import Image
 
 from ddnn.data.decode import AtHand, Reader
 from ddnn.data.sources import places
-from ddnn.data.sources.found import EXTENSIONS, SPLITS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
+from ddnn.data.sources.found import SPLITS, TEST_SPLITS, Labelled, Source, all_of, test_and_validation
 from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError
-from ddnn.picture import FORMATS
+from ddnn.picture import EXTENSIONS, FORMATS, images_under
 from ddnn.recipe import Data
 
 ANNOTATIONS = "val_annotations.txt"
@@ -75,20 +75,7 @@ class _Local(_Tree):
             return []
 
     def images(self, folder: str) -> list[str]:
-        found: list[str] = []
-        _images_under(os.path.join(self.root, folder), "", found)
-        return found
-
-
-def _images_under(folder: str, within: str, found: list[str]) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                _images_under(entry.path, f"{within}{entry.name}/", found)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(within + entry.name)
+        return images_under(os.path.join(self.root, folder))
 
 
 class _Listed(_Tree):

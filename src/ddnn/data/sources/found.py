@@ -13,7 +13,6 @@ from ddnn.data.decode import Reader
 from ddnn.errors import DataError
 from ddnn.recipe import Data
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),

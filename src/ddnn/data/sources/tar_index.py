@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ddnn.data.sources import places
-from ddnn.data.sources.found import EXTENSIONS, LABEL_COLUMNS, Values
+from ddnn.data.sources.found import LABEL_COLUMNS, Values
 from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError, RunError
 from ddnn.files import write_atomic
+from ddnn.picture import EXTENSIONS
 
 VERSION = 2
 LABELS = (".cls", ".json")
