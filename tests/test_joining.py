@@ -18,7 +18,7 @@ from ddnn.errors import RecipeError
 from ddnn.families.cifar_resnet import resnet
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
-from ddnn.sharing import HeadPolicy, NormPolicy
+from ddnn.policies import HeadPolicy, NormPolicy
 from ddnn.state import State
 from ddnn.trainer import train
 

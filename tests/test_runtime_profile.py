@@ -336,7 +336,7 @@ def test_other_work_is_seen_with_several_threads(monkeypatch: pytest.MonkeyPatch
 def test_memory_is_that_of_this_process() -> None:
     """In a process that has given back nothing before: what an allocator keeps would be used again, and not counted."""
     code = """
-from ddnn.runtime.machine import peak_mb, resident_mb
+from ddnn.memory import peak_mb, resident_mb
 before = resident_mb()
 block = bytearray(64 * 2**20)
 block[::4096] = b"x" * (len(block) // 4096)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ddnn.device import avx2_at_most
 from ddnn.energy import channels_last
 
 FEW = 4096
@@ -29,8 +30,7 @@ COPIED_FOR_WEIGHTS = 8
 """... and for the gradient of the weights, with which the library is slower, up to this many positions for each output
 channel."""
 
-AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-"""The widest instructions that torch finds: a processor without AVX-512."""
+AVX2 = avx2_at_most()
 
 WIDE = 128
 """Channels of an output with less than which a network has nothing to gain."""

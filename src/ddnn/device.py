@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import resource
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from ddnn.errors import RunError
 from ddnn.launch import launched, local_rank
+from ddnn.memory import peak_mb, reset_peak
 from ddnn.recipe import Recipe
 
 
@@ -79,12 +79,17 @@ def check_precision(device: torch.device, precision: str) -> None:
         )
 
 
+def avx2_at_most() -> bool:
+    """Whether this is an x86 processor with AVX2 and without AVX-512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def check_able(net: nn.Module, device: torch.device, precision: str, *, channels_last: bool) -> None:
     """`RunError` for a training that this processor is not made for, with what to set instead."""
     check_precision(device, precision)
     # there torch 2.14.1's library writes beyond the end of the gradient of such weights, and the process dies;
     # float64 has other kernels, but what a step costs is measured in float32
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and channels_last:
+    if device.type == "cpu" and avx2_at_most() and channels_last:
         for name, module in net.named_modules():
             if isinstance(module, nn.Conv2d) and _strides_few_channels(module):
                 raise RunError(
@@ -163,24 +168,11 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.base = torch.cuda.memory_allocated(device) / 2**20
         else:
-            _reset_high_water_mark()
-            self.base = _high_water_mark_mb()
+            reset_peak()
+            self.base = peak_mb() or 0.0
 
     def taken_mb(self) -> float:
         """The peak so far, less what was there at the beginning."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.base
-        return _high_water_mark_mb() - self.base
-
-
-def _reset_high_water_mark() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the mark falls to what is resident now
-
-
-def _high_water_mark_mb() -> float:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return (peak_mb() or 0.0) - self.base

@@ -4,6 +4,9 @@ They are ``ValueError``; the command line prints their text and exits, without a
 invariant of our own is an ``assert``, never one of these.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class DDNNError(ValueError):
     """Base of every error that speaks to the user."""
@@ -51,6 +54,13 @@ class ExportError(DDNNError):
 
 class HubError(DDNNError):
     """What the Hugging Face hub keeps of a model, in a folder or a repository, can't be written, read or trusted."""
+
+
+def first_mistake(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first of pydantic's errors: where it is, and what is wrong there."""
+    place = ".".join(map(str, errors[0]["loc"]))
+    what = "is missing" if errors[0]["type"] == "missing" else errors[0]["msg"].removeprefix("Value error, ")
+    return f"{place}: {what}" if place else what
 
 
 def first_line(error: BaseException, *, kind: bool = True) -> str:

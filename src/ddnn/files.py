@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ddnn.errors import ExportError, RunError
 
@@ -33,6 +35,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise RunError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Checksum and size of a file, as manifests have them."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def cache_folder() -> Path:
+    """Where what can be had again is kept: `$DDNN_CACHE`, else `ddnn` in the user's cache folder."""
+    given = os.environ.get("DDNN_CACHE")
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ddnn")
+    return Path(os.path.expanduser(given)) if given else usual
 
 
 def check_writable(folder: Path) -> None:

@@ -21,8 +21,9 @@ from ddnn.errors import DDNNError, NestingError
 from ddnn.families import anatomy_of
 from ddnn.families.family import Anatomy, Family
 from ddnn.families.split import IndivisibleError
+from ddnn.policies import HeadPolicy, NormPolicy
 from ddnn.proof import at_rest, logits_of, overwrites
-from ddnn.sharing import Depths, HeadPolicy, NormPolicy, agreement, nested, owner
+from ddnn.sharing import Depths, agreement, nested, owner
 from ddnn.table import Wanted, check_network, check_policies, table_of
 from ddnn.tied import give_to_all, keep_each_once, kept_shared
 

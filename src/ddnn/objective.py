@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from ddnn.energy import energy, precise
 from ddnn.errors import DDNNError
 from ddnn.network import Output
+from ddnn.policies import AttentionMap, Labels
 
-AttentionMap = Literal["power", "softmax"]
 Weight = float | Mapping[str, float]
 """Of a term of the objective: one for all students, or one by name."""
 
@@ -212,7 +212,7 @@ class EKD:
         *,
         attention_map: AttentionMap = "power",
         subnet_weight: Weight = 1.0,
-        labels: Literal["all", "full-net"] = "all",
+        labels: Labels = "all",
         label_smoothing: float = 0.0,
         ramp: tuple[float, float] = (0.0, 0.0),
     ) -> None:
@@ -232,8 +232,8 @@ class EKD:
         shares = list(ramp) if isinstance(ramp, Sequence) else []
         if len(shares) != 2 or not all(map(_is_weight, shares)) or not shares[0] <= shares[1] <= 1:
             raise DDNNError(f"ramp={ramp!r} must be two shares of the training, 0 <= first <= second <= 1")
-        if labels not in ("all", "full-net"):
-            raise DDNNError(f"labels={labels!r} is not one of all, full-net")
+        if labels not in get_args(Labels):
+            raise DDNNError(f"labels={labels!r} is not one of {', '.join(get_args(Labels))}")
         self.temperature = temperature
         self.kl = kl
         self.attention = attention

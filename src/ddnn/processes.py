@@ -300,9 +300,8 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        precise = torch.promote_types(x.dtype, torch.float32)
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        variance, mean = torch.var_mean(x.to(precise), dim=axes, correction=0)
+        variance, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=axes, correction=0)
         n = mean.new_full((1,), x.numel() // x.shape[1])
         # Chan, Golub and LeVeque 1983: means and variances of parts make those of the whole without cancellation
         everyone = torch.cat([mean, variance, n])

@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ddnn.errors import RecipeError
+from ddnn.policies import AttentionMap, HeadPolicy, Labels, NormPolicy
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -114,10 +115,10 @@ class Network(Section):
     """Given to the library's function that makes the network, such as `{drop_path_rate = 0.1}`."""
     width: Count = 16
     """Channels of the first stage; CIFAR ResNets only."""
-    norm: Literal["private", "shared", "recalibrated"] = "private"
+    norm: NormPolicy = "private"
     """Normalisation layers after two paths have diverged: one per path, one for all, or one for all with the
     running statistics recomputed per sub-net after training."""
-    head: Literal["shared", "private"] = "shared"
+    head: HeadPolicy = "shared"
     """Classifier: one for all nets, or one per net."""
     alone: str | None = None
     """Train only this net of the table, by itself; `ddnn compare` uses it for its baselines."""
@@ -158,18 +159,18 @@ class Objective(Section):
     by name; 0 leaves the term out."""
     attention: Weight = 1.0
     """lambda_at: weight of the attention distance at features of the same resolution, likewise."""
-    attention_map: Literal["power", "softmax"] = "power"
+    attention_map: AttentionMap = "power"
     """`power`: sum over channels of squares, unit length; `softmax`: its spatial softmax (Hou et al. 2019)."""
     subnet_weight: Weight = 1.0
     """w_k: weight of all terms of a sub-net, likewise; the full-net's weight is 1."""
-    labels: Literal["all", "full-net"] = "all"
+    labels: Labels = "all"
     """Which nets learn from the labels: all, or the full-net only, the sub-nets then by distillation alone."""
     ramp: tuple[Share, Share] = (0.0, 0.0)
     """Shares of the run: distillation is off before the first, whole from the second on, and rises evenly between. Not
     needed after a `train.full_net_share`: that full-net knows enough to teach at once."""
     teacher: Path | None = None
     """Run folder of a finished run whose full-net teaches all nets here, instead of this run's own (two-model KD)."""
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Share = 0.0
     """Share of the label's probability that is spread over all classes."""
 
     @property

@@ -2,15 +2,14 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import nn
 
 from ddnn.families.anatomy import cut
 from ddnn.families.family import Anatomy
+from ddnn.families.split import holders
+from ddnn.policies import HeadPolicy, NormPolicy
 
-NormPolicy = Literal["private", "shared", "recalibrated"]
-HeadPolicy = Literal["shared", "private"]
 Depths = tuple[int, ...]
 Table = Mapping[str, Depths]
 """Depths by name of the net, the full-net last."""
@@ -124,7 +123,7 @@ def nested(
 
 def _outside(net: nn.Module, names: list[str]) -> list[str]:
     """The outermost modules of `net` that neither are, hold, nor lie in the modules called `names`."""
-    holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."} | {""}
+    around = holders(names)
     inside = set(names)
 
     def walk(holder: str) -> list[str]:
@@ -133,7 +132,7 @@ def _outside(net: nn.Module, names: list[str]) -> list[str]:
             name = f"{holder}.{child}" if holder else child
             if name in inside:
                 continue
-            found += walk(name) if name in holders else [name]
+            found += walk(name) if name in around else [name]
         return found
 
     return walk("")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ddnn.errors import NestingError
 from ddnn.families.family import Anatomy
-from ddnn.sharing import Depths, HeadPolicy, NormPolicy, has_running_statistics
+from ddnn.policies import HeadPolicy, NormPolicy
+from ddnn.sharing import Depths, has_running_statistics
 
 Wanted = Mapping[str, Sequence[int] | Mapping[str, int]]
 

@@ -1,6 +1,5 @@
 """The manifest: what a device has to know of the graphs beside it (docs/bundle.md lists its fields)."""
 
-import hashlib
 import json
 import math
 import operator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ddnn.errors import ExportError
 from ddnn.evaluate import macs, parameters
+from ddnn.files import fingerprint
 from ddnn.network import DDNN
 from ddnn.runtime.manifest import MOST_PIXELS, NAME, VERSION, checksum, printable
 
@@ -77,7 +77,7 @@ def entry(net: DDNN, name: str, graph: str, about: About, size: int) -> dict[str
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Add sizes and checksums of all files in the folder to the manifest, and put it beside them."""
-    manifest["files"] = {path.name: _file(path) for path in sorted(folder.iterdir())}
+    manifest["files"] = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
     manifest["sha256"] = checksum(manifest)
     lines = ",\n".join(f"{_json(key)}: {_block(value)}" for key, value in manifest.items())
     (folder / NAME).write_text("{\n" + lines + "\n}\n", encoding="utf-8")
@@ -208,8 +208,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}

@@ -78,7 +78,7 @@ def _resolve(net: nn.Module, name: str) -> Iterator[Stage]:
         yield Stage(name, tuple(tuple(children[i : i + step]) for i in range(0, len(children), step)))
     elif part := re.fullmatch(r"(.*?)([^.]+)\.\.([^.]+)", name):
         children = _children(net, part[1].rstrip("."), name)
-        begin, end = (_join(part[1].rstrip("."), part[i]) for i in (2, 3))
+        begin, end = (joined(part[1].rstrip("."), part[i]) for i in (2, 3))
         if begin not in children or end not in children[children.index(begin) :]:
             raise _leads_nowhere(net, name)
         run = children[children.index(begin) : children.index(end) + 1]
@@ -99,10 +99,11 @@ def _children(net: nn.Module, holder: str, name: str) -> list[str]:
         module = net.get_submodule(holder)
     except AttributeError:
         raise _leads_nowhere(net, name) from None
-    return [_join(holder, child) for child in module._modules]
+    return [joined(holder, child) for child in module._modules]
 
 
-def _join(holder: str, child: str) -> str:
+def joined(holder: str, child: str) -> str:
+    """The dotted name of a module in a holder, "" for the network itself."""
     return f"{holder}.{child}" if holder else child
 
 
@@ -123,7 +124,9 @@ def cut(net: nn.Module, stages: Sequence[Stage], depths: Sequence[int]) -> tuple
     moved: dict[str, str] = {}
     for holder in dict.fromkeys(name.rpartition(".")[0] for name in gone):
         children = {name.rpartition(".")[2] for name in gone if name.rpartition(".")[0] == holder}
-        moved |= {_join(holder, old): _join(holder, new) for old, new in _take_out(net.get_submodule(holder), children)}
+        moved |= {
+            joined(holder, old): joined(holder, new) for old, new in _take_out(net.get_submodule(holder), children)
+        }
 
     def renamed(module: str) -> str:
         for old, new in moved.items():

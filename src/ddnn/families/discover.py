@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddnn.errors import NestingError
+from ddnn.families.anatomy import joined
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -106,7 +107,7 @@ class Run:
 
     def named(self, net: nn.Module) -> str:
         """In the notation of `named_stages`."""
-        children = [_join(self.holder, child) for child in net.get_submodule(self.holder)._modules]
+        children = [joined(self.holder, child) for child in net.get_submodule(self.holder)._modules]
         first = children.index(self.names[0])
         if self.step == 1 and len(self.names) == len(children) and self.holder:
             return self.holder
@@ -128,12 +129,12 @@ def _runs(net: nn.Module, holder: str, did: Behaviour) -> Iterator[Run]:
         else:
             yield run
     for child, part in module.named_children():
-        if _join(holder, child) not in taken and next(part.children(), None) is not None:
-            yield from _runs(net, _join(holder, child), did)
+        if joined(holder, child) not in taken and next(part.children(), None) is not None:
+            yield from _runs(net, joined(holder, child), did)
 
 
 def _runs_here(module: nn.Module, holder: str, did: Behaviour) -> Iterator[Run]:
-    named = [(_join(holder, child), part) for child, part in module._modules.items() if part is not None]
+    named = [(joined(holder, child), part) for child, part in module._modules.items() if part is not None]
     listed = isinstance(module, (nn.Sequential, nn.ModuleList))
     run: list[str] = []
     for name, part in [*named, ("", nn.Identity())]:
@@ -156,7 +157,7 @@ def _patterns(net: nn.Module, did: Behaviour) -> Iterator[Run]:
     for holder, module in net.named_modules():
         if not isinstance(module, nn.Sequential):
             continue
-        names = [_join(holder, child) for child in module._modules]
+        names = [joined(holder, child) for child in module._modules]
         at = 0
         while at < len(names):
             best: tuple[int, int] = (0, 1)
@@ -216,7 +217,3 @@ def declared_sizes(net: nn.Module) -> list[int]:
     if isinstance(declared, dict) and isinstance(declared.get("input_size"), (tuple, list)):
         sizes.append(declared["input_size"][-1])
     return list(dict.fromkeys(sizes))
-
-
-def _join(holder: str, child: str) -> str:
-    return f"{holder}.{child}" if holder else child

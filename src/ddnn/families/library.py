@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from ddnn.errors import RecipeError
+from ddnn.errors import RecipeError, first_line
 from ddnn.families import cifar_resnet, torchvision_resnet
 
 Options = Mapping[str, Any]
@@ -111,10 +111,9 @@ def _download(network: str, get: Any) -> Any:
     try:
         return get()
     except Exception as error:  # a network, a disk, a hub: anything may fail
-        text = str(error).strip().splitlines()
         raise RecipeError(
-            f"network.pretrained: cannot get the weights of {network} ({type(error).__name__}"
-            f"{': ' + text[0] if text else ''}); with a file of them, give network.weights instead"
+            f"network.pretrained: cannot get the weights of {network} ({first_line(error)}); with a file of "
+            "them, give network.weights instead"
         ) from None
 
 

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from ddnn.data.augment import for_evaluation, normalise
-from ddnn.errors import HubError
+from ddnn.errors import HubError, first_mistake
 from ddnn.picture import rgb
+from ddnn.policies import HeadPolicy, NormPolicy
 from ddnn.recipe import Option
-from ddnn.sharing import HeadPolicy, NormPolicy
 from ddnn.version import __version__
 
 FORMAT = 1
@@ -122,10 +122,7 @@ def checked(content: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        what = "is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
-        raise HubError(f"{where} cannot be used: {place + ': ' if place else ''}{what}") from None
+        raise HubError(f"{where} cannot be used: {first_mistake(error.errors())}") from None
 
 
 def _whose(folder: Path, content: Any) -> str:

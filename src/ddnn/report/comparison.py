@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddnn.checkpoint import RunFolder
-from ddnn.errors import DDNNError, RunError
+from ddnn.errors import DDNNError, RunError, first_mistake
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
@@ -108,11 +108,8 @@ def parse(content: Any, where: str = "the comparison") -> Comparison:
     try:
         comparison = Comparison.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        what = "is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RunError(f"{where} cannot be used: {place + ': ' if place else ''}{what}{more}") from None
+        raise RunError(f"{where} cannot be used: {first_mistake(error.errors())}{more}") from None
     if not comparison.methods:
         raise RunError(f"{where} has no methods, so there is nothing to compare")
     return comparison

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from ddnn.runtime.machine import peak_mb, resident_mb
+from ddnn.memory import peak_mb, resident_mb
 from ddnn.runtime.model import load
 
 

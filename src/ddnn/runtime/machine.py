@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,31 +96,6 @@ def _tasks() -> dict[str, tuple[int, int]]:
             ran, waited = path.read_text().split()[:2]
             found[path.parent.name] = int(ran), int(waited)
     return found
-
-
-def resident_mb() -> float | None:
-    """MiB of this process in memory now; None where the system does not say."""
-    return _status_mb("VmRSS")
-
-
-def peak_mb() -> float | None:
-    """Most MiB of this process that ever were in memory; None where the system does not say."""
-    if (peak := _status_mb("VmHWM")) is not None:
-        return peak
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _status_mb(field: str) -> float | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split(f"{field}:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        return None
 
 
 def give_back() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ddnn.errors import BundleError
+from ddnn.errors import BundleError, first_line
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import Checked
 
@@ -56,7 +56,7 @@ class Sessions:
             return list(session.run(list(outputs), dict(inputs)))
         except Exception as error:  # onnxruntime's errors have no base class of their own
             raise BundleError(
-                f"onnxruntime {onnxruntime.__version__} cannot run {graph}: {first_line(error)}"
+                f"onnxruntime {onnxruntime.__version__} cannot run {graph}: {first_line(error, kind=False)}"
             ) from None
 
     def get(self, graph: str, only: Sequence[str] = ()) -> onnxruntime.InferenceSession:
@@ -93,10 +93,5 @@ class Sessions:
             return onnxruntime.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
         except Exception as error:  # see `run`
             raise BundleError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {path}: {first_line(error)}"
+                f"onnxruntime {onnxruntime.__version__} cannot load {path}: {first_line(error, kind=False)}"
             ) from None
-
-
-def first_line(error: Exception) -> str:
-    """What onnxruntime says, without what it adds on further lines."""
-    return str(error).strip().partition("\n")[0]

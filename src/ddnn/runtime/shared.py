@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ddnn.errors import BundleError, ExportError
-from ddnn.files import hold, new_folder, remove_unused
+from ddnn.errors import BundleError, ExportError, first_line
+from ddnn.files import fingerprint, hold, new_folder, remove_unused
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import Checked, File, Manifest, check_file
 from ddnn.runtime.profile import text_of
-from ddnn.runtime.sessions import first_line, options
+from ddnn.runtime.sessions import options
 
 if TYPE_CHECKING:
     from ddnn.runtime.graphs import External
@@ -162,7 +162,7 @@ def _fill(manifest: Manifest, graphs: list[str], folder: Path) -> None:
             }
             (apart / graph).replace(folder / graph)
             shutil.rmtree(apart)
-    index["files"] = {name: _about(folder / name) for name in [WEIGHTS, *graphs]}
+    index["files"] = {name: fingerprint(folder / name) for name in [WEIGHTS, *graphs]}
     checksum = _checksum(json.loads(json.dumps(index)))  # as it will be read: no tuples
     (folder / INDEX).write_text(json.dumps({**index, "sha256": checksum}), encoding="utf-8")
 
@@ -184,7 +184,7 @@ def _lay_out(graph: Path, out: Path) -> None:
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise BundleError(
             f"the shared copy can't be made: onnxruntime {onnxruntime.__version__} cannot lay out {graph} on its disk, "
-            f"which may be full ({first_line(error)}); load without shared"
+            f"which may be full ({first_line(error, kind=False)}); load without shared"
         ) from None
 
 
@@ -200,8 +200,3 @@ def _place(tensor: "External", folder: Path, weights: Any, places: dict[bytes, i
         places[key] = weights.tell()
         weights.write(content)
     return places[key]
-
-
-def _about(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}

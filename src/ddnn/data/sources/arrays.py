@@ -11,6 +11,7 @@ from PIL import Image
 from ddnn.data.decode import Reader
 from ddnn.data.sources.found import Source, all_of
 from ddnn.errors import DataError
+from ddnn.files import cache_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,8 @@ def cifar(name: str) -> Source:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    root = Path(os.path.expanduser(os.environ.get("DDNN_DATA") or "~/.cache/ddnn"))
+    given = os.environ.get("DDNN_DATA")
+    root = Path(os.path.expanduser(given)) if given else cache_folder()
     try:
         parts = [kind(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:

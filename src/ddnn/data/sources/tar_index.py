@@ -22,7 +22,7 @@ from ddnn.data.sources import places
 from ddnn.data.sources.found import LABEL_COLUMNS, Values
 from ddnn.data.sources.texts import Texts
 from ddnn.errors import DataError, RunError
-from ddnn.files import write_atomic
+from ddnn.files import cache_folder, write_atomic
 from ddnn.picture import EXTENSIONS
 
 VERSION = 2
@@ -49,18 +49,12 @@ def index(place: str, label_column: str | None) -> Index:
         raise DataError(f"data {place}: it cannot be read ({error.strerror})") from error
     where = place if places.is_remote(place) else os.path.abspath(place)
     key = sha256(json.dumps([VERSION, where, mark, label_column]).encode()).hexdigest()
-    kept = _cache() / f"{key[:32]}.safetensors"
+    kept = cache_folder() / "tar-index" / f"{key[:32]}.safetensors"
     found = _load(kept)
     if found is None:
         found = _scan(place, size, label_column)
         _save(kept, found)
     return found
-
-
-def _cache() -> Path:
-    given = os.environ.get("DDNN_CACHE")
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ddnn")
-    return (Path(os.path.expanduser(given)) if given else usual) / "tar-index"
 
 
 def _load(path: Path) -> Index | None:
