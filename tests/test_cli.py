@@ -41,6 +41,12 @@ def test_train_ends_with_the_table_and_the_run_folder(
     assert "resnet20 (full-net)" in out
 
 
+def test_it_is_said_when_the_sub_nets_join(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    _, out, _ = ddnn("train", *TINY, "train.full_net_share=0.5", "--out", tmp_path / "run")
+    joined = out.index("the sub-nets join: from here on the loss is the sum")
+    assert out.index("epoch   1") < joined < out.index("epoch   2")
+
+
 def test_evaluate_prints_json(ddnn: Callable[..., tuple[int, str, str]], finished: RunFolder) -> None:
     code, out, _ = ddnn("evaluate", finished.path, "--json")
     measured = json.loads(out)
@@ -154,8 +160,9 @@ def test_a_refused_recipe_leaves_no_folder_behind(ddnn: Callable[..., tuple[int,
     for overrides in (("network.name=resnet19",), ("network.subnets.a=[4,1,1]",), ("objective.subnet_weight.x=1",)):
         assert ddnn("train", *TINY, *overrides, "--out", tmp_path / "run")[0] == 2
         assert not (tmp_path / "run").exists()
-    assert ddnn("train", *TINY, "data.source=/nowhere", "--out", tmp_path / "run")[0] == 2
-    assert ddnn("train", *TINY, "--out", tmp_path / "run")[0] == 0  # nothing was trained there
+    for overrides in (("data.source=/nowhere",), ("network.subnets.a=[3,3,3]",), ("train.batch_size=4096",)):
+        assert ddnn("train", *TINY, *overrides, "--out", tmp_path / "run")[0] == 2
+        assert not (tmp_path / "run").exists()
 
 
 def test_names_are_printed_as_they_are(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ def test_without_ray_it_says_what_to_install(
     monkeypatch.delitem(sys.modules, "ddnn.compare.over_ray", raising=False)
     code, _, said = ddnn("compare", "digits", "--out", tmp_path / "fair", "--engine", "ray")
     assert code == 1
-    assert said == "error: this needs ray, which is not installed; it comes with: pip install 'ddnn[ray]'\n"
+    assert said == "error: this needs the extra ray (ray is not installed): pip install 'ddnn[ray]'\n"
     assert not (tmp_path / "fair").exists()
 
 

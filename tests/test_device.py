@@ -142,7 +142,7 @@ def test_without_matplotlib_there_is_no_figure(ddnn: Call, tmp_path: Path, monke
     assert "profile.json" in out
     assert "profile.svg" not in out
     assert (
-        "no page or figure: this needs matplotlib, which is not installed; it comes with: pip install 'ddnn[figures]'"
+        "no page or figure: this needs the extra figures (matplotlib is not installed): pip install 'ddnn[figures]'"
         in err
     )
 

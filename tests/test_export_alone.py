@@ -125,7 +125,9 @@ def test_mistakes_end_in_a_sentence(net: DDNN, tmp_path: Path, monkeypatch: pyte
         export_alone(small("recalibrated"), tmp_path / "out", images(), ABOUT, "onnx")
     for kind in ("openvino", "executorch"):
         monkeypatch.setitem(sys.modules, kind, None)
-        sentence = rf"format {kind}: this needs {kind}, which is not installed; .* pip install 'ddnn\[{kind}\]'"
+        sentence = (
+            rf"format {kind}: this needs the extra {kind} \({kind} is not installed\): pip install 'ddnn\[{kind}\]'"
+        )
         with pytest.raises(ExportError, match=sentence):
             export_alone(net, tmp_path / "out", images(), ABOUT, kind)
     assert list(tmp_path.iterdir()) == []

@@ -276,7 +276,10 @@ def test_what_is_missing_is_said() -> None:
         "Not finished: DDNN-EKD (seed 2); KL only (seed 1 of big).",
     ]
     assert verdicts(summarise(content))[0].text == "no verdict, alone missing"
-    assert "No verdict yet" in headline(summarise(content))
+    assert headline(summarise(content)) == "No verdict: this comparison is without alone."
+    none = [None, None, None]
+    begun = comparison({name: method(None, small=none, big=none) for name in ("ekd", "alone")})
+    assert "No verdict yet" in headline(summarise(begun))
     assert "not known" in price(summarise(content))
     text = markdown(content)
     assert "2 of 3 seeds" in text

@@ -346,10 +346,10 @@ for verb in (["predict", "b", "x"], ["train"]):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "ddnn.nest: this needs torch, which is not installed; it comes with: pip install 'ddnn[train]'",
-        "ddnn.load: this needs onnxruntime, which is not installed; it comes with: pip install 'ddnn[runtime]'",
+        "ddnn.nest: this needs the extra train (torch is not installed): pip install 'ddnn[train]'",
+        "ddnn.load: this needs the extra runtime (onnxruntime is not installed): pip install 'ddnn[runtime]'",
         "1",
         "1",
     ]
-    assert "error: this needs pydantic, which is not installed; it comes with: pip install 'ddnn[train]'" in done.stderr
+    assert "error: this needs the extra train (pydantic is not installed): pip install 'ddnn[train]'" in done.stderr
     assert "Traceback" not in done.stderr

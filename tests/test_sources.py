@@ -192,6 +192,24 @@ def test_images_can_be_sent_to_a_process_that_starts_from_nothing(form: str, rem
         assert pictures()[0][0][:100] not in sent
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_that_are_no_images_by_their_names_are_told_of(
+    remote: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = make("folders", tmp_path / "set")
+    first = place / NAMES[0]
+    for name in ("1.heic", "2.HEIC", "x/3.avif", "4", "labels.txt", ".5.heic"):
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).touch()
+    data.load(section(to_memory(place, "memory://bucket/odd") if remote else place), 0)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.endswith(": 2 .heic, 1 no ending, 1 .avif; convert those that are images")
+    for path in first.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=rf"without images: {first.name}; fill or remove them: files .* 2 \.heic"):
+        data.load(section(place), 0)
+
+
 @pytest.mark.parametrize("shuffle", ["global", "chunks"])
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_fingerprint_tells_images_apart_by_size(

@@ -47,6 +47,11 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
         if image_size is None
         else torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)),
     )
+    if network.subnets and len(net.depths) == 1:
+        raise RecipeError(
+            f"network.subnets: {net.full_name} has all blocks of {network.name}, so it is the full-net and nothing is "
+            "nested in it; give it fewer"
+        )
     if network.alone is None:
         return net
     if network.alone not in net.depths:

@@ -75,6 +75,13 @@ class RunFolder:
             raise RunError(f"{path} holds a run of another recipe; give another --out, or the recipe it has")
         return run
 
+    def remove_unbegun(self) -> None:
+        """Remove the folder of a run that never began: it holds its recipe and nothing else."""
+        with contextlib.suppress(OSError):
+            if [file.name for file in self.path.iterdir()] == ["recipe.toml"]:
+                (self.path / "recipe.toml").unlink()
+                self.path.rmdir()
+
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The run in this folder; `RunError` if it holds none."""

@@ -19,6 +19,8 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.learning = 0
+        """Nets in the last epoch."""
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,8 +48,6 @@ class Display:
             f"{dataset.image_size} px, {len(dataset.classes)} classes",
             markup=False,
         )
-        for reason in dataset.corrupt:
-            self.console.print(f"skipped unreadable image {reason}", markup=False)
         depths = ", ".join(f"{name} {kept}" for name, kept in net.depths.items())
         self.console.print(f"nets: {depths}" + (f"; resumed after step {done}" if done else ""), markup=False)
         self.total = total_steps
@@ -65,6 +65,9 @@ class Display:
         else:
             what, scores = "training", metrics["train_top1"]
         accuracies = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores.items())
+        if 0 < self.learning < len(scores):
+            self.console.print("the sub-nets join: from here on the loss is the sum of the terms of all nets")
+        self.learning = len(scores)
         self.console.print(
             f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}  {what} top-1 %  {accuracies}  "
             f"{metrics['seconds']['total']:.0f} s",

@@ -32,5 +32,5 @@ def advice(error: ModuleNotFoundError) -> str | None:
     missing = (error.name or "").partition(".")[0]
     for extra, packages in PACKAGES.items():
         if missing in packages:
-            return f"this needs {missing}, which is not installed; it comes with: pip install 'ddnn[{extra}]'"
+            return f"this needs the extra {extra} ({missing} is not installed): pip install 'ddnn[{extra}]'"
     return None

@@ -1,6 +1,7 @@
 """From an image file to upright RGB pixels, the same in training and on a device."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -14,17 +15,22 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 
 
-def images_under(folder: str, within: str = "") -> list[str]:
-    """Paths within `folder` of its images, at any depth and in any order; nothing hidden. Raises `OSError`."""
+def images_under(folder: str, within: str = "", others: Counter[str] | None = None) -> list[str]:
+    """Paths within `folder` of its images, at any depth and in any order; nothing hidden. Raises `OSError`.
+
+    `others` counts the files that are no images by their names, by what these end with.
+    """
     found: list[str] = []
     with os.scandir(os.path.join(folder, within)) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                found += images_under(folder, f"{within}{entry.name}/")
+                found += images_under(folder, f"{within}{entry.name}/", others)
             elif entry.name.lower().endswith(EXTENSIONS):
                 found.append(within + entry.name)
+            elif others is not None:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
     return found
 
 

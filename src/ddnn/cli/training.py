@@ -92,6 +92,10 @@ def train(
     except KeyboardInterrupt:
         make_console(stderr=True).print(f"stopped; go on with: ddnn train --resume {run.path}", markup=False)
         raise typer.Exit(130) from None
+    except DDNNError:
+        if chosen is not None and not launched:  # where others may be in it
+            run.remove_unbegun()
+        raise
     cost = summary["step_cost"]
     console.print(subnet_table(summary["subnets"], "test set, last epoch", summary["latency"]))
     if cost is not None and cost["measured"] is not None:

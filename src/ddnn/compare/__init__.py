@@ -82,6 +82,8 @@ def compare(
     _open(folder, recipe, begun, watcher.note)
     for sentence in left_out:
         watcher.note(sentence)
+    if not {"ekd", "alone"} <= {job.method for job in plan(recipe, methods, 1, nets)}:
+        watcher.note("without both ekd and alone among the methods there will be no verdict")
     try:
         ready = engine.open(folder, recipe, watcher.note)
         jobs = plan(ready, methods, seeds, nets)

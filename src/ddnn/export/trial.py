@@ -50,9 +50,11 @@ def try_out(net: DDNN, graphs: Mapping[str, str], int8: Path, float32: Path, how
         if lost[name] > how.allowed_loss
     ]
     if too_much:
+        few = f", of which one is {100 / images:.2f} points" if how.allowed_loss < 100 / images else ""
         raise ExportError(
-            f"int8 costs more than the {how.allowed_loss:g} points of top-1 allowed, on {images} {how.split} images: "
-            f"{', '.join(too_much)}; allow more, calibrate on more images, or export in float32"
+            f"int8 costs more than the {how.allowed_loss:g} points of top-1 allowed, on {images} {how.split} "
+            f"images{few}: {', '.join(too_much)}; allow more, or export in float32 (ranges were calibrated on "
+            f"{len(how.calibration)} training images)"
         )
     x = next(iter(how.labelled()))[0][:1]
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddnn.errors import HubError
+from ddnn.families.cifar_resnet import CifarResNet
 from ddnn.files import write_atomic
 from ddnn.hub.card import About, write_card
 from ddnn.hub.config import Preprocessing
@@ -106,4 +107,6 @@ def _in_timm(
                 return architecture, theirs
             if arguments == options:
                 why = f"timm's {architecture} is another network: {other}"
+    if isinstance(subnet, CifarResNet):
+        raise HubError(f"{why}; timm has no ResNets for CIFAR, so this one goes out by ddnn extract only")
     raise HubError(f"{why}; give the name of one that is the same at these depths, as architecture")

@@ -3,8 +3,9 @@
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from ddnn.errors import DataError
 from ddnn.picture import EXTENSIONS, FORMATS, images_under
 from ddnn.recipe import Data
 
+TEXTS = (".txt", ".xml", ".json", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".ini", ".db", ".log")
+"""Endings of files that lie beside images and are not meant to be any."""
 ANNOTATIONS = "val_annotations.txt"
 """Lines of file, class and more, by tabs, beside images in one folder: how Tiny ImageNet labels its validation."""
 ALIKE = 0.9
@@ -57,6 +60,9 @@ class _Files(Reader):
 class _Tree(Protocol):
     """Folders below a root, by their paths within it; the root itself is ''."""
 
+    others: Counter[str]
+    """Files met that are no images, by what their names end with."""
+
     def subfolders(self, folder: str) -> list[str]: ...
 
     def images(self, folder: str) -> list[str]:
@@ -66,6 +72,7 @@ class _Tree(Protocol):
 @dataclass(frozen=True)
 class _Local(_Tree):
     root: str
+    others: Counter[str] = field(default_factory=Counter)
 
     def subfolders(self, folder: str) -> list[str]:
         try:
@@ -75,7 +82,7 @@ class _Local(_Tree):
             return []
 
     def images(self, folder: str) -> list[str]:
-        return images_under(os.path.join(self.root, folder))
+        return images_under(os.path.join(self.root, folder), others=self.others)
 
 
 class _Listed(_Tree):
@@ -83,9 +90,13 @@ class _Listed(_Tree):
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._below: dict[str, dict[str, list[str]]] = {"": {}}
+        self.others = Counter()
         for path in paths:
             parts = path.split("/")
-            if any(part.startswith(".") for part in parts) or not path.lower().endswith(EXTENSIONS):
+            if any(part.startswith(".") for part in parts):
+                continue
+            if not path.lower().endswith(EXTENSIONS):
+                self.others[os.path.splitext(parts[-1])[1].lower()] += 1
                 continue
             for depth in range(min(2, len(parts) - 1)):
                 below = self._below.setdefault("/".join(parts[:depth]), {})
@@ -126,7 +137,9 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
         )
     empty = [name for name, paths in found.items() if not len(paths)]
     if empty:
-        raise DataError(f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them")
+        raise DataError(
+            f"data {root}: class folders without images: {', '.join(empty)}; fill or remove them{_passed_over(tree)}"
+        )
     if not within:
         _check_classes(root, found)
     classes = tuple(found)
@@ -161,7 +174,20 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
         if name.lower() == word and (tree.subfolders(name) or tree.images(name))
     ]
     train = _files(f"{root}/{within}" if within else root, found, classes)
-    return Source(classes, train, *test_and_validation(others, other, data))
+    source = Source(classes, train, *test_and_validation(others, other, data))
+    if passed_over := _passed_over(tree):
+        _log.warning("data %s%s", root, passed_over)
+    return source
+
+
+def _passed_over(tree: _Tree) -> str:
+    """That there are files which are no images, though they may be meant to be; '' where there are none."""
+    others = sorted(tree.others.items(), key=lambda pair: (-pair[1], pair[0]))
+    found = [(ending or "no ending", count) for ending, count in others if ending not in TEXTS]
+    if not found:
+        return ""
+    counts = ", ".join(f"{count} {ending}" for ending, count in found[:5])
+    return f": files are passed over that are none of {' '.join(EXTENSIONS)}: {counts}; convert those that are images"
 
 
 def _is_split(name: str) -> bool:
