@@ -24,11 +24,11 @@ from ddnn.energy import channels_last
 FEW = 4096
 """Positions, of all images of a batch together, up to which a convolution of 1 x 1 is better off as a product."""
 COPIED = 2
-"""Of larger kernels the windows have to be copied. It pays up to one position for this many channels of what is made,
-which are the outputs', or for the gradient of the image its own ..."""
+"""A larger kernel's windows must be copied first. That pays while positions x COPIED <= channels of what is made: the
+outputs' going forward, the inputs' for the gradient of the image."""
 COPIED_FOR_WEIGHTS = 8
-"""... and for the gradient of the weights, with which the library is slower, up to this many positions for each output
-channel."""
+"""For the gradient of the weights, with which the library is slower, that pays while positions <= this x output
+channels."""
 
 AVX2 = avx2_at_most()
 

@@ -139,7 +139,7 @@ _MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # malloc.h: M_MMAP_THRE
 
 
 HEAP = 2**30
-"""Bytes by which the heap is grown before huge pages are asked for: for what is there already, that can be done."""
+"""Bytes by which the heap is grown first: only for memory that is mapped already can huge pages be asked for."""
 HUGE = 2**21
 _ADVICE = (14, 25)  # madvise(2): MADV_HUGEPAGE, from now on; MADV_COLLAPSE, for what there is, from Linux 6.1 on
 

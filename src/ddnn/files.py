@@ -104,7 +104,9 @@ def check_free(path: Path) -> None:
 
 
 def hold(folder: Path, *, alone: bool) -> int | None:
-    """A handle that keeps `remove_unused` from a folder until it is closed or the process ends; None: it is gone.
+    """Lock a folder so that `remove_unused` leaves it alone until the handle is closed or the process ends.
+
+    Returns None where the folder no longer exists.
 
     `alone`: nobody else may hold it; otherwise many may. Waits while another holds it the other way. The lock is one of
     the system's, so it does not matter in which container or on which host the other is. Where a file system or an

@@ -51,10 +51,10 @@ class Processes:
     # -- what all must know ---------------------------------------------------------------------------------------
 
     def agree(self, wish: int) -> int:
-        """The highest wish of all processes, as they were at the call before this one; 0 at the first call.
+        """The highest wish that any process had at the call before this one; 0 at the first call.
 
-        The answer to a call is on its way while the next step is computed, so nobody waits for it. A process alone gets
-        its own wish at once.
+        One call late, so that nobody waits: the answer is on its way while the next step is computed. A process alone
+        gets its own wish at once.
         """
         if self.count == 1:
             return wish

@@ -240,8 +240,9 @@ class Train(Section):
     """Share of the epochs, at the beginning, that is the full-net's alone. Its sub-nets then join it, starting from its
     weights, norms and classifier. With 0 all nets begin together."""
     alone_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Epochs of a net that is trained by itself (`network.alone`, and in comparisons), as a share of `epochs`. Below 1
-    it makes a comparison one of equal work, where a step of all nets costs less than a step of each."""
+    """Epochs of a net that is trained by itself (`network.alone`, and in comparisons), as a share of `epochs`. A step
+    of all nets costs less than a step of each; below 1 this gives nets alone fewer epochs, so that both sides of a
+    comparison do equal work."""
     batch_size: Count = 128
     """Images per optimiser step."""
     accumulate: Count = 1

@@ -132,7 +132,7 @@ def _train(
     if processes.first:
         about = describe(recipe, dataset, device, processes.count)
         run.write_json("run.json", about if kept is None else _also(run.read_json("run.json"), about, state.step))
-    next_step = state.step + (not state.sums.images)  # an epoch whose end is still to come is told of again
+    next_step = state.step + (not state.sums.images)  # an epoch that ended without its summary is summarised now
     epochs = [epoch for epoch in run.metrics() if epoch["step"] < next_step]
 
     begun = state.step
@@ -193,7 +193,7 @@ def train_epoch(
 ) -> None:
     """Go on to the end of the epoch that `state` is in, and keep a checkpoint of it.
 
-    `growing`: its first step makes the heap grow.
+    `growing`: more memory is needed from here on, so that huge pages are asked for after its first step.
     """
     train, steps, processes = state.recipe.train, state.steps_per_epoch, state.processes
     epoch, start = divmod(state.step, steps)

@@ -50,10 +50,11 @@ def _by(trained: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def from_trained(recipe: Recipe, trained: Path) -> Recipe:
-    """The recipe of all nets from a trained full-net on, for as many epochs, and taught by it as it was, itself too.
+    """The recipe in which all nets start from a trained full-net and train for as many epochs as a net alone.
 
-    `trained` is the folder of its run, absolute or as seen from the new run's. It knows enough to teach from the first
-    step on, so there is no `ramp`, and as a student it weighs as much as any other net.
+    A frozen copy of that full-net teaches every net, the full-net included. `trained` is the folder of its run,
+    absolute or as seen from the new run's. It knows enough to teach from the first step on, so there is no `ramp`, and
+    as a student it weighs as much as any other net.
     """
     network = {"weights": trained, "pretrained": False, "fresh_classifier": False}
     return changed(by_itself(recipe), network=network, objective=_by(trained, recipe))

@@ -15,9 +15,9 @@ from ddnn.network import DDNN
 from ddnn.report.comparison import Comparison, read
 
 METHOD = ("objective", "optim", "schedule", "augment")
-"""Parts of a recipe in which a run is one of a comparison's method, or another."""
+"""Parts of a recipe that must be those of a comparison for its results to be about a run of that recipe."""
 LENGTH = ("epochs", "full_net_share", "batch_size", "ema")
-"""And of its `train`, where the rest is seeds and machines."""
+"""The same of its `train`; what else is in there is seeds and settings of machines."""
 
 
 @dataclass(frozen=True)

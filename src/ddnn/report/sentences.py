@@ -104,7 +104,8 @@ TERMS = {"Distillation": "joint", "KL": "attention", "Attention": "kl"}
 
 
 WORTH = 0.01
-"""What a term has to give some net, as a share: a point. One that can't is not worth its place."""
+"""The least gain, one percentage point, that makes a term worth keeping: one whose interval lies below that for every
+net is reported as not earning its place."""
 
 
 def earnings(summary: Summary) -> list[str]:

@@ -4,11 +4,12 @@ manifest.py    what a bundle says of itself, and whether its files are as it say
 pixels.py      from images to what the nets are given
 sessions.py    graphs made ready to run; shared.py: over one memory map of the weights; graphs.py: ONNX files
 model.py       `load` and what it returns
-profile.py     what every depth takes on this machine.py; footprint.py: in memory; `pick`
+profile.py     latency and memory (footprint.py) of every depth on this machine (machine.py), and `pick`
 cascade.py     start shallow, go deeper only where unsure
 service.py     a queue before it, deep or shallow by what waits; server.py: over HTTP
-tuning.py      its thresholds.py, chosen on heldout.py images, and the measured curve.py
-output.py      sentences.py, tables.py and figures.py on a page
+tuning.py      a cascade measured: labelled images (heldout.py), thresholds chosen on them (thresholds.py), the result
+               (curve.py)
+output.py      the page of it, of sentences.py, tables.py and figures.py
 """
 
 from ddnn.runtime.cascade import Cascaded

@@ -317,8 +317,8 @@ def in_time(
     """Whether images that come at these times, in order, are each answered within `latency`, first come, first served.
 
     `free`: when each worker is, or will be. `seconds`: what a batch of 0, 1, 2 ... images takes, up to the largest
-    there may be; `margins`: how much longer it may take. Of batches in turn one may, not all. A worker takes what has
-    come when it is free, and waits for nothing to fill a batch. With `peak` images there, another comes when one of
+    there may be; `margins`: how much longer one batch may take; delays of several are not added up. A worker takes what
+    has come when it is free, and waits for nothing to fill a batch. With `peak` images there, another comes when one of
     them is answered. The first `lost` images need not be in time.
     """
     workers, largest = list(free), min(len(seconds) - 1, peak)

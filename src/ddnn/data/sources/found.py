@@ -78,7 +78,9 @@ def all_of(reader: Reader, labels: Any) -> Labelled:
 def test_and_validation(
     names: list[str], read: Callable[[str], Labelled | None], data: Data
 ) -> tuple[Labelled | None, Labelled | None]:
-    """The first split with labels is the test, after one for tests, the next is for validation. Reads no others.
+    """The first split with labels is the test set; if it is named as one, the next with labels is for validation.
+
+    Splits after these are not read.
 
     `names` are in the order of `TEST_SPLITS`, in upper or lower case.
     """
