@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ddnn.runtime.cascade import NEVER, UNREACHED, confidence, probabilities
 from ddnn.runtime.curve import Curve, Point, Took
 from ddnn.runtime.machine import this_machine
 from ddnn.runtime.thresholds import Costs, Seen
+from ddnn.timing import time_round
 
 NETS = list(bundles.PATHS)
 
@@ -443,6 +446,28 @@ def test_too_few_images_are_refused(bundle: Path, photos: Path) -> None:
         tuning.measure(model, *held.halves(), [21], seconds=0)
     with pytest.raises(RequestError, match="at least two depths"):
         tuning.measure(ddnn.load(bundle, "small"), *held.halves(), [1], seconds=0)
+
+
+def test_depths_and_cascades_take_turns_in_ever_another_order(
+    bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ddnn.load(bundle, threads=1)
+    held = heldout.read(photos / "held.npz", model.manifest, 40)
+    rounds: list[tuple[Any, ...]] = []
+
+    def seen(calls: dict[Any, Callable[[], object]], chance: random.Random) -> dict[Any, float]:
+        order: list[Any] = []
+        called = {key: lambda key=key, call=call: (order.append(key), call()) for key, call in calls.items()}
+        taken = time_round(called, chance)
+        rounds.append(tuple(order))
+        return taken
+
+    monkeypatch.setattr(tuning, "time_round", seen)
+    tuning.measure(model, *held.halves(), [2], seconds=0)
+    assert len(rounds) == 1 + tuning.FEWEST, "one to know how long a round takes"
+    assert {frozenset(order) for order in rounds} == {frozenset(rounds[0])}
+    assert set(NETS) < set(rounds[0])
+    assert len(set(rounds)) > tuning.FEWEST / 2
 
 
 def test_rounds_in_which_the_machine_was_busy_do_not_count() -> None:

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "extras",
     "cpus",
+    "timing",
     "launch",
     "processes",
     "preemption",

@@ -11,12 +11,11 @@ import math
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +23,11 @@ from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import check_writable, write_atomic
 from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
+from ddnn.timing import in_turns
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
     from ddnn.runtime.pixels import Floats
-
-Key = TypeVar("Key")
 
 VERSION = 1
 NAME = "profile.json"
@@ -288,33 +286,16 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
     images = noise(model, batch)
     attention = Attention(model.threads)
-    times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
-    return times, attention.denied()
+    calls = {name: partial(model, images, name) for name in model.nets}
+    times = in_turns(calls, seconds=seconds, fewest=FEWEST_RUNS, most=MOST_RUNS)
+    busy = attention.denied()
+    return {name: [1000 * each for each in taken] for name, taken in times.items()}, busy
 
 
 def noise(model: "Model", batch: int) -> "Floats":
     """Images [batch, 3, S, S] to measure with, normalised ones in range and type."""
     size = model.manifest.input.size
     return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-
-
-def in_turns(
-    calls: Mapping[Key, Callable[[], object]], seconds: float, fewest: int = FEWEST_RUNS
-) -> dict[Key, list[float]]:
-    """Milliseconds of each call, over at least the `fewest` rounds, then until `seconds` are spent."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[Key, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    for done in range(MOST_RUNS):
-        if done >= fewest and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return times
 
 
 def _memory_of_process(
