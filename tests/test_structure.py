@@ -17,6 +17,7 @@ ORDER = [
     "extras",
     "cpus",
     "timing",
+    "wording",
     "launch",
     "processes",
     "preemption",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddnn.device import threads
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN
 from ddnn.processes import ALONE, Processes
@@ -132,6 +133,11 @@ def latency_ms(nets: Mapping[str, nn.Module], image_size: int, device: torch.dev
     with torch.inference_mode():
         seconds = side_by_side({name: call(net) for name, net in nets.items()}, device, budget_s=2.0)
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+
+
+def latency_conditions(device: torch.device) -> str:
+    """What `latency_ms` measures under, for a person."""
+    return f"batch 1, eager float32, {threads(device)}"
 
 
 def side_by_side(

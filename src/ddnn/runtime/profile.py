@@ -24,6 +24,7 @@ from ddnn.files import check_writable, write_atomic
 from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 from ddnn.timing import in_turns
+from ddnn.wording import threads_and_weights, three
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
@@ -34,16 +35,6 @@ NAME = "profile.json"
 FEWEST_RUNS = 40
 """Calls that a 95th percentile is taken from, at the least."""
 MOST_RUNS = 400
-
-
-def threads_of(count: int) -> str:
-    """For a person."""
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def three(number: float) -> str:
-    """Three digits, or all before the point, and never an exponent for what is large."""
-    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
 
 
 def is_number(value: Any) -> bool:
@@ -78,7 +69,7 @@ class Condition(NamedTuple):
     shared: bool = False
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {threads_of(self.threads)}{', shared weights' if self.shared else ''}"
+        return f"batch {self.batch}, {threads_and_weights(self.threads, self.shared)}"
 
 
 @dataclass(frozen=True)
