@@ -8,16 +8,10 @@ from typing import NamedTuple
 
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
+from ddnn.runtime.checks import check_above_0, is_finite, is_number, is_whole
+from ddnn.runtime.kept import machine_folder, text_of
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import (
-    check_above_0,
-    is_finite,
-    is_number,
-    is_whole,
-    machine_folder,
-    text_of,
-)
 from ddnn.wording import threads_and_weights, three
 
 VERSION = 1

@@ -5,10 +5,7 @@ that very bundle; it is never read for another. A condition is what latency depe
 call, threads, and whether the weights are shared.
 """
 
-import datetime
 import json
-import math
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +18,8 @@ import numpy as np
 
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import check_writable, write_atomic
+from ddnn.runtime.checks import check_above_0, is_finite, is_whole
+from ddnn.runtime.kept import machine_folder, now, text_of
 from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 from ddnn.timing import in_turns
@@ -35,30 +34,6 @@ NAME = "profile.json"
 FEWEST_RUNS = 40
 """Calls that a 95th percentile is taken from, at the least."""
 MOST_RUNS = 400
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number of Python or NumPy; a truth value is none."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is such a number, and a float can hold it."""
-    try:
-        return is_number(value) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def is_whole(value: Any, least: int = 0) -> bool:
-    """Whether it is a whole number of Python or NumPy, of at least that."""
-    return isinstance(value, int | np.integer) and is_finite(value) and bool(value >= least)
-
-
-def check_above_0(limit: Any, unit: str) -> None:
-    """`RequestError` where a budget is no number above 0; None is no budget."""
-    if limit is not None and not (is_number(limit) and limit > 0 and (is_finite(limit) or limit == math.inf)):
-        raise RequestError(f"a budget of {limit!r} {unit} must be a number above 0")
 
 
 class Condition(NamedTuple):
@@ -134,11 +109,6 @@ class Profile:
         return rows
 
 
-def machine_folder(bundle: Path, machine: Machine) -> Path:
-    """Where a bundle keeps what belongs to a machine."""
-    return bundle / "machines" / machine.key
-
-
 def read(manifest: Manifest, machine: Machine) -> Profile:
     """This machine's profile of a bundle. Raises `RequestError` where there is none, `BundleError` where damaged."""
     profile = _read(machine_folder(manifest.folder, machine) / NAME)
@@ -154,13 +124,6 @@ def read(manifest: Manifest, machine: Machine) -> Profile:
             f"{manifest.folder}"
         )
     return profile
-
-
-def text_of(path: Path) -> str:
-    """What a file says that was measured earlier. Raises `OSError`, `BundleError` for what is no file."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise BundleError(f"{path} is no file; remove it and measure again")
-    return path.read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> Profile | None:
@@ -301,11 +264,6 @@ def _memory_of_process(
         raise BundleError(f"measuring the memory of {depth or 'all depths'} failed: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found["memory_mb"], found["peak_mb"]
-
-
-def now() -> str:
-    """Date and time here."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 class Choice(NamedTuple):

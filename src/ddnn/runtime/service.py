@@ -23,9 +23,10 @@ import numpy as np
 
 from ddnn.cpus import available_cpus
 from ddnn.errors import OverloadError, RequestError
+from ddnn.runtime.checks import is_finite, is_whole
 from ddnn.runtime.model import Model
 from ddnn.runtime.pixels import Floats, batch_of
-from ddnn.runtime.profile import is_finite, is_whole, noise
+from ddnn.runtime.profile import noise
 from ddnn.timing import in_turns
 
 MOST_WAITING = 1024

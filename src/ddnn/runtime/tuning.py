@@ -17,10 +17,11 @@ from ddnn.errors import RequestError
 from ddnn.runtime.cascade import NEVER, UNREACHED, confidence
 from ddnn.runtime.curve import Curve, Point, Took, choose
 from ddnn.runtime.heldout import HeldOut, all_unread
+from ddnn.runtime.kept import now
 from ddnn.runtime.machine import Attention, this_machine
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
-from ddnn.runtime.profile import FEWEST_RUNS, MOST_RUNS, now
+from ddnn.runtime.profile import FEWEST_RUNS, MOST_RUNS
 from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, outcome
 from ddnn.timing import in_turns, time_round
 
