@@ -22,7 +22,7 @@ from ddnn.runtime.machine import Attention, this_machine
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
 from ddnn.runtime.profile import FEWEST_RUNS, MOST_RUNS
-from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, outcome
+from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, frontier, outcome
 from ddnn.timing import in_turns, time_round
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def measure(
     seen, judged = see(model, chosen_on), see(model, judged_by)
     watch("cost of every part of the cascade")
     costs = part_costs(model, judged_by, batches[0], seconds / 4)
-    found = curve(seen, costs, POINTS)
-    if accuracy is not None and (just := cheapest(seen, costs, accuracy)) is not None and just not in found:
+    front = frontier(seen, costs)
+    found = curve(front, POINTS)
+    if accuracy is not None and (just := cheapest(front, accuracy)) is not None and just not in found:
         found = sorted([*found, just], key=lambda thresholds: outcome(seen, costs, thresholds).cost)
     macs = part_macs(nets)
     through = [UNREACHED] * (len(nets) - 1)
