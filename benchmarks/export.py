@@ -23,12 +23,11 @@ lost                percentage points of top-1 that int8 costs (of a run only: r
 import argparse
 import json
 import logging
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,12 @@ from rich.table import Table
 from torch import nn
 
 from ddnn.checkpoint import RunFolder
+from ddnn.evaluate import ratio
 from ddnn.export import About, Int8, export_bundle, export_run
 from ddnn.families import build
 from ddnn.network import DDNN, nest
 from ddnn.runtime.machine import this_machine
+from ddnn.timing import in_turns
 from ddnn.trained import load_trained
 
 CASES = {"cifar-resnet8-14-20": (32, 100), "resnet18-34-50-basic": (224, 1000)}
@@ -148,24 +149,24 @@ def net_figures(
         "bundle": session(folder / "float32" / entry["graph"]),
         "int8": session(folder / "int8" / entry["graph"]),
     }
-    calls = {kind: (each, {"images": x.numpy()}) for kind, each in sessions.items()}
+    calls = {kind: partial(each.run, None, {"images": x.numpy()}) for kind, each in sessions.items()}
     with torch.no_grad():
         expected = net.nets[name](x).numpy()
-    difference = np.abs(sessions["bundle"].run(["logits"], calls["bundle"][1])[0] - expected).max()
+    difference = np.abs(sessions["bundle"].run(["logits"], {"images": x.numpy()})[0] - expected).max()
     part = session(folder / "float32" / entry["cascade"]["graph"])
     (given,) = part.get_inputs()
     shape = [1, *given.shape[1:]]
-    calls["part"] = (part, {given.name: np.random.default_rng(0).random(shape, dtype=np.float32)})
+    calls["part"] = partial(part.run, None, {given.name: np.random.default_rng(0).random(shape, dtype=np.float32)})
     times = turns(calls, seconds)
     images = torch.randn(32, 3, size, size).numpy()
-    of_32 = turns({kind: (sessions[kind], {"images": images}) for kind in ("bundle", "int8")}, seconds)
+    of_32 = turns({kind: partial(sessions[kind].run, None, {"images": images}) for kind in ("bundle", "int8")}, seconds)
     tried = manifests["int8"]["int8"]["nets"][name]
     return {
         "difference": float(difference / np.abs(expected).max()),
-        "speed": ratio(times["bundle"], times["plain"]),
-        "int8_speedup": ratio(times["bundle"], times["int8"]),
-        "int8_speedup_of_32": ratio(of_32["bundle"], of_32["int8"]),
-        "cascade": ratio(times["part"], times["bundle"]),
+        "speed": ratio(times, ["bundle"], ["plain"]),
+        "int8_speedup": ratio(times, ["bundle"], ["int8"]),
+        "int8_speedup_of_32": ratio(of_32, ["bundle"], ["int8"]),
+        "cascade": ratio(times, ["part"], ["bundle"]),
         "cascade_macs": entry["cascade"]["macs"] / entry["macs"],
         "lost": None if random else 100 * (tried["before"]["top1"] - tried["after"]["top1"]),
     }
@@ -177,22 +178,9 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def turns(calls: Mapping[str, tuple[onnxruntime.InferenceSession, Any]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, in turns; the first few are left out."""
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while time.perf_counter() < end or rounds < 10:
-        for kind, (one, inputs) in calls.items():
-            start = time.perf_counter()
-            one.run(None, inputs)
-            times[kind].append(time.perf_counter() - start)
-        rounds += 1
-    return {kind: each[5:] for kind, each in times.items()}
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+def turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, for as long as that."""
+    return in_turns(calls, seconds=seconds, fewest=5, most=10**6, warmup=5)
 
 
 def weigh(folder: Path) -> int:

@@ -67,15 +67,17 @@ def measured(count: int, *asked: object) -> dict[str, float]:
 def time_ratios(bundle: str, batch: int) -> dict[str, float]:
     """Latency of every depth with shared weights, relative to that without."""
     import ddnn
-    from ddnn.runtime.profile import in_turns
+    from ddnn.runtime.profile import FEWEST_RUNS, MOST_RUNS
+    from ddnn.timing import in_turns
 
     models = {shared: ddnn.load(bundle, threads=1, shared=shared) for shared in (False, True)}
     size = models[True].manifest.input.size
     images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
     ratios = {}
     for name in models[True].depths:
-        times = in_turns({str(shared): partial(model, images, name) for shared, model in models.items()}, 4.0)
-        ratios[name] = statistics.median(times["True"]) / statistics.median(times["False"])
+        calls = {shared: partial(model, images, name) for shared, model in models.items()}
+        times = in_turns(calls, seconds=4.0, fewest=FEWEST_RUNS, most=MOST_RUNS)
+        ratios[name] = statistics.median(times[True]) / statistics.median(times[False])
     return ratios
 
 

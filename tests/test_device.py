@@ -201,8 +201,8 @@ def test_a_bundle_that_cannot_be_written_is_named_before_measuring(
 ) -> None:
     folder = bundles.make(tmp_path / "bundle")
     (folder / "machines").write_text("in the way")
-    monkeypatch.setattr(profile, "in_turns", lambda *_: pytest.fail("it measures"))
-    monkeypatch.setattr(tuning, "in_turns", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(profile, "in_turns", lambda *_, **__: pytest.fail("it measures"))
+    monkeypatch.setattr(tuning, "in_turns", lambda *_, **__: pytest.fail("it measures"))
     for verb in (["profile"], ["cascade", "--data", held]):
         code, _, err = ddnn(*verb, folder)
         assert code == 1

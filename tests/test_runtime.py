@@ -322,7 +322,7 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] in {HEAVY!r}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("ddnn.").partition(".")[0] for name in json.loads(done.stdout.replace("'", '"'))}
-    assert loaded <= {"version", "errors", "cpus", "files", "picture", "runtime"}
+    assert loaded <= {"version", "errors", "cpus", "timing", "wording", "files", "picture", "runtime"}
 
 
 def test_a_missing_package_ends_in_a_sentence(bundle: Path) -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ddnn.runtime.cascade import NEVER, UNREACHED, confidence, probabilities
 from ddnn.runtime.curve import Curve, Point, Took
 from ddnn.runtime.machine import this_machine
 from ddnn.runtime.thresholds import Costs, Seen
+from ddnn.timing import time_round
 
 NETS = list(bundles.PATHS)
 
@@ -231,14 +234,16 @@ def test_no_single_threshold_of_the_best_can_be_bettered() -> None:
 
 def test_the_curve_rises_from_the_shallowest_net() -> None:
     seen, costs = made_up(300, 3, 2), Costs([1.0, 1.5, 2.0], [0.5, 0.5, 2.0])
-    found = thresholds.curve(seen, costs, points=8)
+    front = thresholds.frontier(seen, costs)
+    found = thresholds.curve(front, points=8)
     results = [thresholds.outcome(seen, costs, each) for each in found]
     assert 3 <= len(found) <= 8
     assert results[0].share == (1, 0, 0)
     for before, after in itertools.pairwise(results):
         assert after.cost > before.cost
         assert after.accuracy > before.accuracy
-    every = [thresholds.outcome(seen, costs, each) for each in thresholds.curve(seen, costs, points=10**6)]
+    every = [thresholds.outcome(seen, costs, each) for each in thresholds.curve(front, points=10**6)]
+    assert every == [result for result, _ in front]
     assert results[-1] == every[-1]
     assert max(result.accuracy for result in every) >= max(seen.right.mean(0))
 
@@ -246,12 +251,14 @@ def test_the_curve_rises_from_the_shallowest_net() -> None:
 def test_the_cheapest_for_an_accuracy_reaches_it() -> None:
     seen, costs = made_up(300, 3, 3), Costs([1.0, 1.5, 2.0], [0.5, 0.5, 2.0])
     wanted = float(seen.right[:, 2].mean())
-    found = thresholds.cheapest(seen, costs, wanted)
+    front = thresholds.frontier(seen, costs)
+    found = thresholds.cheapest(front, wanted)
     assert found is not None
     result = thresholds.outcome(seen, costs, found)
     assert result.accuracy >= wanted
     assert result.cost < sum(costs.asked)
-    assert thresholds.cheapest(seen, costs, 1.01) is None
+    assert result.cost == min(other.cost for other, _ in front if other.accuracy >= wanted)
+    assert thresholds.cheapest(front, 1.01) is None
 
 
 def test_a_net_not_worth_asking_is_left_out() -> None:
@@ -443,6 +450,40 @@ def test_too_few_images_are_refused(bundle: Path, photos: Path) -> None:
         tuning.measure(model, *held.halves(), [21], seconds=0)
     with pytest.raises(RequestError, match="at least two depths"):
         tuning.measure(ddnn.load(bundle, "small"), *held.halves(), [1], seconds=0)
+
+
+def test_prices_are_swept_once(bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether an accuracy is wanted or not."""
+    model = ddnn.load(bundle, threads=1)
+    held = heldout.read(photos / "held.npz", model.manifest, 40)
+    prices: list[float] = []
+    best = thresholds.best
+    monkeypatch.setattr(thresholds, "best", lambda seen, costs, price: prices.append(price) or best(seen, costs, price))
+    tuning.measure(model, *held.halves(), [1], accuracy=0.5, seconds=0)
+    assert prices
+    assert len(set(prices)) == len(prices)
+
+
+def test_depths_and_cascades_take_turns_in_ever_another_order(
+    bundle: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ddnn.load(bundle, threads=1)
+    held = heldout.read(photos / "held.npz", model.manifest, 40)
+    rounds: list[tuple[Any, ...]] = []
+
+    def seen(calls: dict[Any, Callable[[], object]], chance: random.Random) -> dict[Any, float]:
+        order: list[Any] = []
+        called = {key: lambda key=key, call=call: (order.append(key), call()) for key, call in calls.items()}
+        taken = time_round(called, chance)
+        rounds.append(tuple(order))
+        return taken
+
+    monkeypatch.setattr(tuning, "time_round", seen)
+    tuning.measure(model, *held.halves(), [2], seconds=0)
+    assert len(rounds) == 1 + tuning.FEWEST, "one to know how long a round takes"
+    assert {frozenset(order) for order in rounds} == {frozenset(rounds[0])}
+    assert set(NETS) < set(rounds[0])
+    assert len(set(rounds)) > tuning.FEWEST / 2
 
 
 def test_rounds_in_which_the_machine_was_busy_do_not_count() -> None:

@@ -77,11 +77,10 @@ def test_further_measurements_are_added(measured: tuple[Path, profile.Profile]) 
     assert [row for row in again.rows if row.condition != Condition(3, 1)] == others
 
 
-def test_calls_take_turns() -> None:
-    order: list[str] = []
-    times = profile.in_turns({name: lambda name=name: order.append(name) for name in "abc"}, 0)
-    assert order == [*"aaabbbccc", *("abc" * profile.FEWEST_RUNS)]
-    assert {name: len(taken) for name, taken in times.items()} == dict.fromkeys("abc", profile.FEWEST_RUNS)
+def test_what_is_timed_in_seconds_is_kept_in_ms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "in_turns", lambda calls, **_: {name: [0.002, 0.004] for name in calls})
+    times, _ = profile.side_by_side(ddnn.load(bundles.make(tmp_path / "bundle")), 1, 0.0)
+    assert times == {name: [2.0, 4.0] for name in bundles.PATHS}
 
 
 def another(folder: Path) -> None:
@@ -209,12 +208,8 @@ def test_what_is_no_request_is_refused(tmp_path: Path, asked: dict[str, Any], se
         ddnn.load(bundles.make(tmp_path / "bundle")).within(**asked)
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0.01234, "0.0123"), (3.21, "3.21"), (999.4, "999"), (999.6, "1000"), (3210.4, "3210"), (1.5e6, "1500000")],
-)
-def test_a_number_has_no_exponent(number: float, text: str) -> None:
-    assert profile.three(number) == text
+@pytest.mark.parametrize(("number", "text"), [(3.21, "3.21"), (3210.4, "3210"), (1.5e6, "1500000")])
+def test_what_is_over_a_budget_has_no_exponent(number: float, text: str) -> None:
     with pytest.raises(BudgetError, match=f"takes {text} ms, "):
         profile.pick([row("a", number, number)], NETS, latency_ms=number / 2)
 

@@ -17,6 +17,8 @@ ORDER = [
     "extras",
     "cpus",
     "memory",
+    "timing",
+    "wording",
     "launch",
     "processes",
     "preemption",

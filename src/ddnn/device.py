@@ -12,6 +12,7 @@ from ddnn.errors import RunError
 from ddnn.launch import launched, local_rank
 from ddnn.memory import peak_mb, reset_peak
 from ddnn.recipe import Recipe
+from ddnn.wording import counted
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -36,8 +37,7 @@ def threads(device: torch.device) -> str:
     """What the work runs on, for a person."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
-    return f"CPU, {count} thread{'s' if count > 1 else ''}"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def has_bf16(device: torch.device) -> bool:

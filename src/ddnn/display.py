@@ -12,6 +12,7 @@ from rich.table import Table
 from ddnn.data import DataSet
 from ddnn.network import DDNN
 from ddnn.suggest import Suggestion
+from ddnn.wording import amount
 
 
 class Display:
@@ -125,8 +126,8 @@ def subnet_table(subnets: Mapping[str, Mapping[str, Any]], title: str, latency: 
         table.add_row(
             name + full,
             "-".join(map(str, row["depths"])),
-            _short(row["params"]),
-            _short(row["macs"]),
+            amount(row["params"]),
+            amount(row["macs"]),
             f"{100 * row['top1']:.2f}",
             f"{100 * row['top5']:.2f}",
             f"{row['latency_ms']:.2f}",
@@ -156,7 +157,7 @@ def export_table(manifest: Mapping[str, Any], place: str) -> Table:
             figures.append(f"{tried['speedup']:.2f} x")
         else:
             figures = [f"{100 * net['top1']:.2f}", f"{net['parity']['max_abs']:.1e}"]
-        table.add_row(escape(net["name"]), escape(net["graph"]), _short(net["macs"]), *figures)
+        table.add_row(escape(net["name"]), escape(net["graph"]), amount(net["macs"]), *figures)
     return table
 
 
@@ -175,17 +176,17 @@ def suggestion_table(suggestion: Suggestion) -> Table:
         table.add_row(
             escape(f"{p.name} ({', '.join(p.kind)})"),
             "-".join(map(str, p.depths)),
-            _short(p.macs),
+            amount(p.macs),
             f"{p.macs_share:.0%}",
-            _short(p.parameters),
+            amount(p.parameters),
             *latency,
-            f"{_short(p.added_macs)} ({p.added_macs / suggestion.macs:.0%})",
-            _short(p.added_parameters),
+            f"{amount(p.added_macs)} ({p.added_macs / suggestion.macs:.0%})",
+            amount(p.added_parameters),
             escape(p.parts),
         )
     latency = [f"{suggestion.latency_ms:.2f}"] if suggestion.latency_ms is not None else []
-    row = ["full-net", "-".join(map(str, suggestion.depths)), _short(suggestion.macs), "100%"]
-    table.add_row(*row, _short(suggestion.parameters), *latency, "", "", "")
+    row = ["full-net", "-".join(map(str, suggestion.depths)), amount(suggestion.macs), "100%"]
+    table.add_row(*row, amount(suggestion.parameters), *latency, "", "", "")
     return table
 
 
@@ -193,10 +194,3 @@ def make_console(stderr: bool = False) -> Console:
     """A console that does not break lines of output that goes to a file."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else 160)
-
-
-def _short(number: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)

@@ -1,9 +1,7 @@
 """Measure networks: accuracy, parameters, multiply-accumulates (MACs), latency."""
 
 import copy
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
@@ -11,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddnn.device import threads
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN
 from ddnn.processes import ALONE, Processes
 from ddnn.proof import at_rest
+from ddnn.timing import in_turns
 
 
 class Accuracy(TypedDict):
@@ -135,36 +135,21 @@ def latency_ms(nets: Mapping[str, nn.Module], image_size: int, device: torch.dev
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
+def latency_conditions(device: torch.device) -> str:
+    """What `latency_ms` measures under, for a person."""
+    return f"batch 1, eager float32, {threads(device)}"
+
+
 def side_by_side(
     calls: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float, warmup: int = 3, least: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns so that a change of the machine's speed meets them all.
+    """Seconds of each call, measured in turns: `least` rounds, and then until `budget_s` are spent or there are 50."""
 
-    `least` rounds, and then until `budget_s` seconds are spent or there are 50. Each round has an order of its own:
-    what a call finds in caches and in freed memory depends on which one was before it.
-    """
-
-    def timed(call: Callable[[], object]) -> float:
+    def settle() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
-    for call in calls.values():
-        for _ in range(warmup):
-            timed(call)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + budget_s
-    chance = random.Random(0)
-    for rounds in range(50):
-        if rounds >= least and time.perf_counter() > end:
-            break
-        for name in chance.sample(list(calls), len(calls)):
-            seconds[name].append(timed(calls[name]))
-    return seconds
+    return in_turns(calls, seconds=budget_s, fewest=least, most=50, warmup=warmup, settle=settle)
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], above: Iterable[str], below: Iterable[str]) -> float:

@@ -13,9 +13,8 @@ from ddnn import data
 from ddnn.build import build
 from ddnn.checkpoint import RunFolder
 from ddnn.data import DataSet
-from ddnn.device import threads
 from ddnn.errors import RunError
-from ddnn.evaluate import evaluate
+from ddnn.evaluate import evaluate, latency_conditions
 from ddnn.files import write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
@@ -79,7 +78,7 @@ def evaluate_run(run: RunFolder, source: str | None, device: torch.device) -> di
     return {
         "subnets": evaluate(net.to(device), batches, dataset.image_size, device),
         "dataset": {"source": dataset.name, "test_images": len(dataset.test)},
-        "latency": f"batch 1, eager float32, {threads(device)}",
+        "latency": latency_conditions(device),
     }
 
 

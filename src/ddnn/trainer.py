@@ -38,7 +38,7 @@ from ddnn.device import (
     with_precision,
 )
 from ddnn.errors import RunError
-from ddnn.evaluate import accuracy, measures
+from ddnn.evaluate import accuracy, latency_conditions, measures
 from ddnn.network import DDNN, recalibrate
 from ddnn.preemption import Notice, heeded
 from ddnn.processes import Processes, check_divides, synchronised_norms, together
@@ -353,7 +353,7 @@ def finish(run: RunFolder, state: State, dataset: DataSet, epochs: list[dict[str
         )
         if len(net.depths) > 1
         else None,
-        "latency": f"batch 1, eager float32, {threads(device)}",
+        "latency": latency_conditions(device),
         "weights_sha256": digest,
     }
     if dataset.validation is not None:

@@ -63,8 +63,8 @@ def cascade(
     from ddnn.files import check_writable
     from ddnn.runtime import curve as curves
     from ddnn.runtime import heldout, tuning
+    from ddnn.runtime.kept import machine_folder
     from ddnn.runtime.machine import this_machine
-    from ddnn.runtime.profile import machine_folder
 
     curves.check_wanted(accuracy, latency_ms)
     model = ddnn.load(bundle, threads=threads, shared=shared)

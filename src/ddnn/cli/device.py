@@ -170,7 +170,7 @@ def _print_profile(measured: "Profile", manifest: "Manifest") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ddnn.runtime.profile import three
+    from ddnn.wording import three
 
     table = Table(title=escape(str(measured.machine)), title_justify="left")
     table.add_column("depth")
@@ -228,6 +228,7 @@ def pick(
     from ddnn.runtime import profile as profiles
     from ddnn.runtime.machine import this_machine
     from ddnn.runtime.manifest import read
+    from ddnn.wording import three
 
     manifest = read(bundle)
     condition = profiles.Condition(batch, threads or available_cpus(), shared)
@@ -238,7 +239,7 @@ def pick(
         print(json.dumps({"top1": choice.top1, **asdict(choice.row)}, indent=2))
         return
     row = choice.row
-    latency = f"{profiles.three(row.p50_ms)} ms (p95 {profiles.three(row.p95_ms)} ms)"
+    latency = f"{three(row.p50_ms)} ms (p95 {three(row.p95_ms)} ms)"
     memory = "" if row.peak_mb is None else f", at most {row.peak_mb:.0f} MiB"
     print(f"{choice.depth}: top-1 {100 * choice.top1:.2f} %, {latency}{memory}; {row.condition}")
 

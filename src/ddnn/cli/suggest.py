@@ -43,8 +43,9 @@ def suggest(
     import dataclasses
 
     from ddnn.build import full_name
-    from ddnn.device import choose_device, threads
+    from ddnn.device import choose_device
     from ddnn.display import make_console, suggestion_table
+    from ddnn.evaluate import latency_conditions
     from ddnn.families import PRESETS, build
     from ddnn.suggest import suggest as propose
 
@@ -68,7 +69,7 @@ def suggest(
     for proposal in suggestion.proposals:
         console.print(f"{proposal.name}, {proposal.wanted}: {proposal.why}", markup=False, highlight=False)
     if latencies:
-        console.print(f"latency: batch 1, eager float32, {threads(choose_device(device))}", markup=False)
+        console.print(f"latency: {latency_conditions(choose_device(device))}", markup=False)
     named = PRESETS[network].full_net if network in PRESETS else network
     for kind, bound in suggestion.bound.items():
         nets = [p for p in suggestion.proposals if kind in p.kind]

@@ -28,6 +28,7 @@ from ddnn.errors import RunError, first_line
 from ddnn.files import write_atomic
 from ddnn.recipe import Recipe, changed
 from ddnn.trainer import versions
+from ddnn.wording import counted
 
 LOSSES = 3
 """How often a training may lose its worker before it counts as failed."""
@@ -209,7 +210,7 @@ class OverRay:
 
     def _amount(self) -> str:
         cores = self._needs["CPU"]
-        return f"{cores} core{'s' if cores > 1 else ''} (train.threads){' and a GPU' if self._needs['GPU'] else ''}"
+        return f"{counted(cores, 'core')} (train.threads){' and a GPU' if self._needs['GPU'] else ''}"
 
 
 def _task(folder: Path, driver: dict[str, str], job: Job, token: str) -> tuple[int, str | None]:

@@ -16,6 +16,7 @@ from ddnn.page import Cell, Table
 from ddnn.report import sentences, tables
 from ddnn.report.summary import summary_of
 from ddnn.version import __version__
+from ddnn.wording import amount
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -98,8 +99,8 @@ def _rows(net: DDNN, about: About) -> dict[str, Row]:
 def _table(rows: Mapping[str, Row], alone: str | None) -> Table:
     columns = {
         "depths": ("depths", lambda row: "-".join(map(str, row["depths"]))),
-        "params": ("parameters", lambda row: tables.amount(row["params"])),
-        "macs": ("MACs", lambda row: tables.amount(row["macs"])),
+        "params": ("parameters", lambda row: amount(row["params"])),
+        "macs": ("MACs", lambda row: amount(row["macs"])),
         "top1": ("top-1 %", lambda row: f"{100 * row['top1']:.2f}"),
         "top5": ("top-5 %", lambda row: f"{100 * row['top5']:.2f}"),
         "latency_ms": ("latency ms", lambda row: f"{row['latency_ms']:.2f}"),

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ddnn.report.comparison import LABELS, Comparison, Curves
 from ddnn.report.summary import BASELINE, COSTS, Difference, Summary, label
+from ddnn.wording import listed
 
 HERO = "ekd"
 MINUS = "\N{MINUS SIGN}"
@@ -85,7 +86,7 @@ def headline(summary: Summary) -> str:
     }
     clauses = [f"{text} {count[kind]}" for kind, text in words.items() if count[kind]]
     clauses[0] += f" of {len(found)} nets" if len(found) > 1 else " net"
-    return f"{label(HERO)} {_list(clauses)}."
+    return f"{label(HERO)} {listed(clauses)}."
 
 
 def price(summary: Summary) -> str:
@@ -96,7 +97,7 @@ def price(summary: Summary) -> str:
     ]
     if not known:
         return f"Price: not known before one whole seed of {label(HERO)} and of {label(BASELINE)} is finished."
-    return f"Price: {label(HERO)} took {_list(known)} of training every depth alone."
+    return f"Price: {label(HERO)} took {listed(known)} of training every depth alone."
 
 
 TERMS = {"Distillation": "joint", "KL": "attention", "Attention": "kl"}
@@ -120,13 +121,13 @@ def _earned(summary: Summary, term: str, without: str) -> str | None:
         return None
     helped, harmed = ([net for net, d in found.items() if d.direction == sign] for sign in (1, -1))
     if helped:
-        verdict = f"helps {_list(helped)}" + (f" and costs {_list(harmed)}" if harmed else "")
+        verdict = f"helps {listed(helped)}" + (f" and costs {listed(harmed)}" if harmed else "")
     elif all(d.high is not None and d.high < WORTH for d in found.values()):
         verdict = "does not earn its place here: " + (
-            f"it costs {_list(harmed)}" if harmed else "no net is shown to gain"
+            f"it costs {listed(harmed)}" if harmed else "no net is shown to gain"
         )
     else:  # too few seeds, or too scattered, to say so
-        verdict = "is not shown to help any net" + (f", and costs {_list(harmed)}" if harmed else "")
+        verdict = "is not shown to help any net" + (f", and costs {listed(harmed)}" if harmed else "")
     numbers = "; ".join(f"{net} {points(d.mean)}, {interval(d)}" for net, d in found.items())
     return f"{term} {verdict} ({label(HERO)} less {label(without)}: {numbers})."
 
@@ -145,9 +146,9 @@ def claim(summary: Summary) -> str | None:
         [_with_price(summary, method) for method, found in judged.items() if _holds(found) == answer]
         for answer in ("yes", "open")
     )
-    text = f"The claim ({promise}) is shown for {_list(held) if held else 'no method here'}"
+    text = f"The claim ({promise}) is shown for {listed(held) if held else 'no method here'}"
     if left_open:
-        text += f"; for {_list(left_open)} the sub-nets are above alone, and the full-net's interval leaves it open"
+        text += f"; for {listed(left_open)} the sub-nets are above alone, and the full-net's interval leaves it open"
     return f"{text}."
 
 
@@ -237,9 +238,9 @@ def notes(summary: Summary) -> list[str]:
         )
     several = [package for package, numbers in comparison.versions.items() if ", " in numbers]
     where = [f"{len(comparison.machines)} kinds of machine"] if len(comparison.machines) > 1 else []
-    where += [f"several versions of {_list(several)}"] if several else []
+    where += [f"several versions of {listed(several)}"] if several else []
     if where:
-        found.append(f"The trainings ran on {_list(where)}: times, peak memory and latencies are not comparable.")
+        found.append(f"The trainings ran on {listed(where)}: times, peak memory and latencies are not comparable.")
     return found
 
 
@@ -274,7 +275,3 @@ def interval(difference: Difference) -> str | None:
     if difference.low is None or difference.high is None:
         return None
     return f"CI {points(difference.low)} to {points(difference.high)}"
-
-
-def _list(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

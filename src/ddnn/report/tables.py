@@ -1,12 +1,13 @@
 """The numbers of a comparison in tables, the same for Markdown and HTML."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddnn.page import Cell, Table
 from ddnn.report import sentences
 from ddnn.report.sentences import TIMES, interval, percent, points
 from ddnn.report.summary import BASELINE, COSTS, Difference, Row, Summary, label, summarise
+from ddnn.wording import amount
 
 NOTHING = "\N{EM DASH}"
 
@@ -50,7 +51,7 @@ def _rival(difference: Difference) -> Cell:
 
 def cost_table(summary: Summary) -> Table:
     """Methods by costs, each with its ratio to training every depth alone."""
-    show = {
+    show: dict[str, Callable[[float], str]] = {
         "seconds": _duration,
         "cpu_seconds": _duration,
         "macs_per_step": amount,
@@ -143,11 +144,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
-
-
-def amount(number: float) -> str:
-    """A number of parameters or MACs in three digits and a unit."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
-    return f"{number:.0f}"

@@ -4,6 +4,7 @@ manifest.py    what a bundle says of itself, and whether its files are as it say
 pixels.py      from images to what the nets are given
 sessions.py    graphs made ready to run; shared.py: over one memory map of the weights; graphs.py: ONNX files
 model.py       `load` and what it returns
+checks.py      whether a value is a number; kept.py: what a bundle keeps of a machine
 profile.py     latency and memory (footprint.py) of every depth on this machine (machine.py), and `pick`
 cascade.py     start shallow, go deeper only where unsure
 service.py     a queue before it, deep or shallow by what waits; server.py: over HTTP

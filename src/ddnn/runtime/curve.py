@@ -8,18 +8,11 @@ from typing import NamedTuple
 
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import write_atomic
+from ddnn.runtime.checks import check_above_0, is_finite, is_number, is_whole
+from ddnn.runtime.kept import machine_folder, text_of
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import (
-    check_above_0,
-    is_finite,
-    is_number,
-    is_whole,
-    machine_folder,
-    text_of,
-    threads_of,
-    three,
-)
+from ddnn.wording import threads_and_weights, three
 
 VERSION = 1
 NAME = "cascade.json"
@@ -93,9 +86,9 @@ class Curve:
         """This curve, if that is what it was measured under; else `RequestError`."""
         if (self.threads, self.shared) != (threads, shared):
             raise RequestError(
-                f"the cascade was not measured with {_loaded(threads, shared)} but with "
-                f"{_loaded(self.threads, self.shared)}; run: ddnn cascade {manifest.folder} --data HELD-OUT "
-                f"--threads {threads}{' --shared' if shared else ''}"
+                f"the cascade was not measured with {threads_and_weights(threads, shared)} but "
+                f"with {threads_and_weights(self.threads, self.shared)}; run: ddnn cascade {manifest.folder} "
+                f"--data HELD-OUT --threads {threads}{' --shared' if shared else ''}"
             )
         return self
 
@@ -146,10 +139,6 @@ def choose(curve: Curve, *, accuracy: float | None = None, latency_ms: float | N
     enough = [pair for pair in numbered if pair[1].chosen_on >= most]
     best = min(enough, key=latency)[0] if enough else max(numbered, key=lambda pair: pair[1].chosen_on)[0]
     return replace(curve, chosen=best, wanted="the accuracy of the most accurate depth")
-
-
-def _loaded(threads: int, shared: bool) -> str:
-    return f"{threads_of(threads)}{', shared weights' if shared else ''}"
 
 
 def write(curve: Curve, manifest: Manifest) -> Path:

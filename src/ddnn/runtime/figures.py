@@ -8,8 +8,9 @@ import numpy as np
 from ddnn.figure import Drawing, new_figure, render, short
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Net
-from ddnn.runtime.profile import Profile, Row, threads_of
+from ddnn.runtime.profile import Profile, Row
 from ddnn.runtime.sentences import standard_error
+from ddnn.wording import counted, threads_and_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def draw_cascade(curve: Curve) -> Drawing:
         _legend(figure, panels[0], columns=3)
         return figure
 
-    where = f"{curve.machine}, {threads_of(curve.threads)}"
+    where = f"{curve.machine}, {counted(curve.threads, 'thread')}"
     caption = f"Accuracy against measured latency on {where}; bars are one standard error"
     return _drawn("cascade", caption, draw)
 
@@ -97,11 +98,10 @@ def _series(
 ) -> None:
     """The depths under one setting."""
     shared, threads = setting
-    label = f"{threads_of(threads)}{', shared weights' if shared else ''}"
     axes.errorbar(
         [row.p50_ms for row in rows], [100 * (nets[row.depth].top1 or 0) for row in rows],
         xerr=([0.0] * len(rows), [max(0.0, row.p95_ms - row.p50_ms) for row in rows]),
-        label=label, linewidth=1.8, elinewidth=1.1, capsize=3, markersize=6, **look,
+        label=threads_and_weights(threads, shared), linewidth=1.8, elinewidth=1.1, capsize=3, markersize=6, **look,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnxruntime
 
 from ddnn.cpus import available_cpus
+from ddnn.wording import counted
 
 _SIMD = re.compile(r"avx|sse|fma|amx|f16c|asimd|neon|sve|sme|i8mm|bf16|fphp|rvv")
 
@@ -38,7 +39,7 @@ class Machine:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.cpus} CPU{'s' if self.cpus > 1 else ''}, onnxruntime {self.onnxruntime}"
+        return f"{self.cpu}, {counted(self.cpus, 'CPU')}, onnxruntime {self.onnxruntime}"
 
 
 def this_machine() -> Machine:

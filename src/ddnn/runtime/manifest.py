@@ -6,7 +6,6 @@ is used, and the files it names must lie in the bundle's own folder and have the
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ddnn.errors import BundleError
+from ddnn.runtime.checks import is_finite
 from ddnn.version import __version__
 
 NAME = "manifest.json"
@@ -273,13 +273,13 @@ class _Section:
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         value = self.get(key)
-        if not isinstance(value, list) or len(value) != count or not all(_is_number(each) for each in value):
+        if not isinstance(value, list) or len(value) != count or not all(is_finite(each) for each in value):
             self.wrong(key, f"must be a list of {count} numbers")
         return tuple(float(each) for each in value)
 
     def share(self, key: str) -> float | None:
         value = self.content.get(key)
-        if value is not None and not (_is_number(value) and 0 <= value <= 1):
+        if value is not None and not (is_finite(value) and 0 <= value <= 1):
             self.wrong(key, "must be a number from 0 to 1")
         return value
 
@@ -297,12 +297,6 @@ class _Section:
         if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
             self.wrong(key, "must be an object of texts")
         return dict(value)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) <= _MOST
 
 
 def _file(files: _Section, name: str) -> File:

@@ -12,6 +12,8 @@ from ddnn.errors import RequestError
 from ddnn.runtime import curve, profile
 from ddnn.runtime import manifest as manifests
 from ddnn.runtime.cascade import Cascaded, Threshold, answer_of, cascade, checked, plan, probabilities
+from ddnn.runtime.checks import check_above_0, is_whole
+from ddnn.runtime.kept import machine_folder
 from ddnn.runtime.machine import this_machine
 from ddnn.runtime.manifest import IMAGES, LOGITS, Manifest, Net
 from ddnn.runtime.pixels import Floats, batch_of, from_file, normalised
@@ -104,7 +106,7 @@ class Model:
         """
         if threshold is not None and depth is not None:
             raise RequestError(f"both the depth {depth} and a threshold are given; a cascade chooses the depth itself")
-        if not profile.is_whole(top, 1):
+        if not is_whole(top, 1):
             raise RequestError(f"top={top!r} must be a whole number of at least 1")
         net = self._net(depth)
         batch = self.read(path)[None]
@@ -136,10 +138,10 @@ class Model:
 
         Raises `BudgetError` if none does, saying by how much, and `RequestError` where this machine has no profile.
         """
-        if not profile.is_whole(batch, 1):
+        if not is_whole(batch, 1):
             raise RequestError(f"batch={batch!r} must be a whole number of at least 1")
         for unit, limit in (("ms", latency_ms), ("MiB", memory_mb)):
-            profile.check_above_0(limit, unit)
+            check_above_0(limit, unit)
         condition = profile.Condition(int(batch), self.threads, self.shared)
         rows = profile.read(self.manifest, this_machine()).rows_for(condition, self.nets, self.manifest.folder)
         return profile.pick(rows, self.nets, latency_ms=latency_ms, memory_mb=memory_mb, p95=p95).depth
@@ -217,13 +219,13 @@ def load(
             raise RequestError(f"no depth {name!r} in the bundle {bundle}; it has {', '.join(manifest.nets)}")
     if not wanted:
         raise RequestError(f"only names no depth of the bundle {bundle}; it has {', '.join(manifest.nets)}")
-    if threads is not None and not (profile.is_whole(threads, 1) and threads <= 1024):
+    if threads is not None and not (is_whole(threads, 1) and threads <= 1024):
         raise RequestError(f"threads={threads!r} must be a whole number from 1 to 1024")
     nets = {name: net for name, net in manifest.nets.items() if name in wanted}
     count = available_cpus() if threads is None else int(threads)
     if shared:
         checked = manifest.check_files(manifest.files)
-        copy = Shared.open(manifest, checked, profile.machine_folder(manifest.folder, this_machine()))
+        copy = Shared.open(manifest, checked, machine_folder(manifest.folder, this_machine()))
         sessions = Sessions(copy.locate, copy.checked, count, optimise=False)
     else:
         graphs = [net.graph for net in nets.values()] + [net.cascade.graph for net in nets.values() if net.cascade]

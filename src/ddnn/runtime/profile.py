@@ -5,71 +5,35 @@ that very bundle; it is never read for another. A condition is what latency depe
 call, threads, and whether the weights are shared.
 """
 
-import datetime
 import json
-import math
-import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ddnn.errors import BudgetError, BundleError, RequestError
 from ddnn.files import check_writable, write_atomic
+from ddnn.runtime.checks import check_above_0, is_finite, is_whole
+from ddnn.runtime.kept import machine_folder, now, text_of
 from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
+from ddnn.timing import in_turns
+from ddnn.wording import threads_and_weights, three
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
     from ddnn.runtime.pixels import Floats
-
-Key = TypeVar("Key")
 
 VERSION = 1
 NAME = "profile.json"
 FEWEST_RUNS = 40
 """Calls that a 95th percentile is taken from, at the least."""
 MOST_RUNS = 400
-
-
-def threads_of(count: int) -> str:
-    """For a person."""
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def three(number: float) -> str:
-    """Three digits, or all before the point, and never an exponent for what is large."""
-    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number of Python or NumPy; a truth value is none."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is such a number, and a float can hold it."""
-    try:
-        return is_number(value) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def is_whole(value: Any, least: int = 0) -> bool:
-    """Whether it is a whole number of Python or NumPy, of at least that."""
-    return isinstance(value, int | np.integer) and is_finite(value) and bool(value >= least)
-
-
-def check_above_0(limit: Any, unit: str) -> None:
-    """`RequestError` where a budget is no number above 0; None is no budget."""
-    if limit is not None and not (is_number(limit) and limit > 0 and (is_finite(limit) or limit == math.inf)):
-        raise RequestError(f"a budget of {limit!r} {unit} must be a number above 0")
 
 
 class Condition(NamedTuple):
@@ -80,7 +44,7 @@ class Condition(NamedTuple):
     shared: bool = False
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {threads_of(self.threads)}{', shared weights' if self.shared else ''}"
+        return f"batch {self.batch}, {threads_and_weights(self.threads, self.shared)}"
 
 
 @dataclass(frozen=True)
@@ -145,11 +109,6 @@ class Profile:
         return rows
 
 
-def machine_folder(bundle: Path, machine: Machine) -> Path:
-    """Where a bundle keeps what belongs to a machine."""
-    return bundle / "machines" / machine.key
-
-
 def read(manifest: Manifest, machine: Machine) -> Profile:
     """This machine's profile of a bundle. Raises `RequestError` where there is none, `BundleError` where damaged."""
     profile = _read(machine_folder(manifest.folder, machine) / NAME)
@@ -165,13 +124,6 @@ def read(manifest: Manifest, machine: Machine) -> Profile:
             f"{manifest.folder}"
         )
     return profile
-
-
-def text_of(path: Path) -> str:
-    """What a file says that was measured earlier. Raises `OSError`, `BundleError` for what is no file."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise BundleError(f"{path} is no file; remove it and measure again")
-    return path.read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> Profile | None:
@@ -288,33 +240,16 @@ def side_by_side(model: "Model", batch: int, seconds: float) -> tuple[dict[str, 
     """Milliseconds of calls of every depth, in turns, and the share of the time that other work took from them."""
     images = noise(model, batch)
     attention = Attention(model.threads)
-    times = in_turns({name: partial(model, images, name) for name in model.nets}, seconds)
-    return times, attention.denied()
+    calls = {name: partial(model, images, name) for name in model.nets}
+    times = in_turns(calls, seconds=seconds, fewest=FEWEST_RUNS, most=MOST_RUNS)
+    busy = attention.denied()
+    return {name: [1000 * each for each in taken] for name, taken in times.items()}, busy
 
 
 def noise(model: "Model", batch: int) -> "Floats":
     """Images [batch, 3, S, S] to measure with, normalised ones in range and type."""
     size = model.manifest.input.size
     return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
-
-
-def in_turns(
-    calls: Mapping[Key, Callable[[], object]], seconds: float, fewest: int = FEWEST_RUNS
-) -> dict[Key, list[float]]:
-    """Milliseconds of each call, over at least the `fewest` rounds, then until `seconds` are spent."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[Key, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    for done in range(MOST_RUNS):
-        if done >= fewest and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return times
 
 
 def _memory_of_process(
@@ -329,11 +264,6 @@ def _memory_of_process(
         raise BundleError(f"measuring the memory of {depth or 'all depths'} failed: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found["memory_mb"], found["peak_mb"]
-
-
-def now() -> str:
-    """Date and time here."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 class Choice(NamedTuple):

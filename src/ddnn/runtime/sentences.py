@@ -6,7 +6,7 @@ from typing import Literal
 from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
 from ddnn.runtime.manifest import Manifest
-from ddnn.runtime.profile import three
+from ddnn.wording import listed, three
 
 BUSY = 0.1
 """Share of the time taken by other work from which on a measurement is not to be trusted."""
@@ -63,7 +63,7 @@ def headline(curve: Curve) -> str:
     if len(paying) == len(matches):
         return f"The cascade pays: {saves}"
     others = [str(each.batch) for each in matches if not each.pays]
-    return f"The cascade pays in some cases: {saves}; not in batches of {_and(others)}"
+    return f"The cascade pays in some cases: {saves}; not in batches of {listed(others)}"
 
 
 def verdicts(curve: Curve) -> list[tuple[Literal["above", "below", "same"], str]]:
@@ -213,7 +213,7 @@ def details(curve: Curve) -> dict[str, str]:
 
 def title(curve: Curve) -> str:
     """What it is about."""
-    return f"Cascade of {_and(curve.nets)}"
+    return f"Cascade of {listed(curve.nets)}"
 
 
 def percent(share: float) -> str:
@@ -227,7 +227,3 @@ def _ms(value: float) -> str:
 
 def _less(ratio: float) -> str:
     return f"{1 - ratio:.0%} less"
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -23,9 +23,11 @@ import numpy as np
 
 from ddnn.cpus import available_cpus
 from ddnn.errors import OverloadError, RequestError
+from ddnn.runtime.checks import is_finite, is_whole
 from ddnn.runtime.model import Model
 from ddnn.runtime.pixels import Floats, batch_of
-from ddnn.runtime.profile import in_turns, is_finite, is_whole, noise
+from ddnn.runtime.profile import noise
+from ddnn.timing import in_turns
 
 MOST_WAITING = 1024
 """Images; what comes while so many wait is refused, however fast the machine."""
@@ -361,7 +363,8 @@ def measured(model: Model, batch: int) -> dict[str, list[float]]:
     images = noise(model, batch)
     counts = sorted({1, batch})
     calls = {(name, count): partial(model, images[:count], name) for name in model.nets for count in counts}
-    taken = {key: float(np.median(times)) / 1000 for key, times in in_turns(calls, 0.0, fewest=5).items()}
+    times = in_turns(calls, seconds=0.0, fewest=5, most=5)
+    taken = {key: float(np.median(each)) for key, each in times.items()}
     return {
         name: [0.0, *np.interp(range(1, batch + 1), counts, [taken[name, count] for count in counts]).tolist()]
         for name in model.nets

@@ -30,9 +30,9 @@ import onnxruntime
 
 from ddnn.errors import BundleError, ExportError, first_line
 from ddnn.files import fingerprint, hold, new_folder, remove_unused
+from ddnn.runtime.kept import text_of
 from ddnn.runtime.machine import give_back
 from ddnn.runtime.manifest import Checked, File, Manifest, check_file
-from ddnn.runtime.profile import text_of
 from ddnn.runtime.sessions import options
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from ddnn.page import Cell, Table
 from ddnn.runtime.cascade import NEVER
 from ddnn.runtime.curve import Curve, Point
-from ddnn.runtime.profile import three
 from ddnn.runtime.sentences import match
+from ddnn.wording import amount, three
 
 
 def curve_table(curve: Curve) -> Table:
@@ -22,7 +22,7 @@ def curve_table(curve: Curve) -> Table:
 def _numbers(curve: Curve, point: Point) -> list[Cell]:
     shares = [Cell(f"{share:.0%}" if share else "-") for share in point.share]
     times = [Cell(three(point.took[b].mean), f"p95 {three(point.took[b].p95)}") for b in curve.batches]
-    return [Cell(f"{100 * point.accuracy:.2f}"), *shares, Cell(_short(point.macs)), *times]
+    return [Cell(f"{100 * point.accuracy:.2f}"), *shares, Cell(amount(point.macs, "\N{NO-BREAK SPACE}")), *times]
 
 
 def match_table(curve: Curve) -> Table:
@@ -48,10 +48,3 @@ def threshold(value: float) -> str:
 
 def _batch(batch: int) -> str:
     return "ms, one image" if batch == 1 else f"ms, batch {batch}"
-
-
-def _short(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{three(number / size)}\N{NO-BREAK SPACE}{unit}"
-    return f"{number:.0f}"

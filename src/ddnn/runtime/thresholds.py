@@ -46,6 +46,10 @@ class Outcome(NamedTuple):
     """Of the images, answered by each net."""
 
 
+Frontier = list[tuple[Outcome, list[float]]]
+"""What cascades would make of images seen, and the thresholds of each."""
+
+
 def answers(confidence: Numbers, thresholds: Sequence[float]) -> npt.NDArray[np.intp]:
     """The number of the net that answers each of N images, from confidences [N, K] and K - 1 thresholds."""
     last = np.ones((len(confidence), 1), dtype=bool)
@@ -125,29 +129,29 @@ def _split(confidence: Numbers, stop: Numbers, go: Numbers, saved: float) -> flo
     return middle if middle > below else float(above)
 
 
-def curve(seen: Seen, costs: Costs, points: int) -> list[list[float]]:
-    """Thresholds of up to `points` cascades, cheap to dear, each more accurate on these images than any cheaper one."""
+def frontier(seen: Seen, costs: Costs) -> Frontier:
+    """All cascades found, cheap to dear, each more accurate on these images than any cheaper one."""
     count = len(costs.asked) - 1
     candidates = {tuple(best(seen, costs, price)) for price in sum(costs.asked) * np.logspace(-1.5, 4, 56)}
     candidates |= {(t,) * count for t in (0.0, *np.quantile(seen.confidence[:, 0], np.linspace(0.02, 0.98, 49)))}
     found = sorted(((outcome(seen, costs, each), each) for each in candidates), key=lambda pair: pair[0].cost)
-    front: list[tuple[Outcome, tuple[float, ...]]] = []
+    front: Frontier = []
     for result, thresholds in found:
         if not front or result.accuracy > front[-1][0].accuracy:
-            front.append((result, thresholds))
+            front.append((result, list(map(float, thresholds))))
+    return front
+
+
+def curve(front: Frontier, points: int) -> list[list[float]]:
+    """Thresholds of up to `points` cascades of a frontier, spread evenly over the cost."""
     if len(front) > points:
         means = np.array([result.cost for result, _ in front])
         wanted = np.linspace(means[0], means[-1], points)
         kept = sorted({int(np.abs(means - each).argmin()) for each in wanted})
         front = [front[i] for i in kept]
-    return [list(map(float, thresholds)) for _, thresholds in front]
+    return [thresholds for _, thresholds in front]
 
 
-def cheapest(seen: Seen, costs: Costs, accuracy: float) -> list[float] | None:
-    """The cheapest cascade found that is at least so accurate on these images; None where none is."""
-    enough = [
-        (result.cost, each)
-        for each in curve(seen, costs, points=10**6)
-        if (result := outcome(seen, costs, each)).accuracy >= accuracy
-    ]
-    return min(enough)[1] if enough else None
+def cheapest(front: Frontier, accuracy: float) -> list[float] | None:
+    """The cheapest cascade of a frontier that is at least so accurate; None where none is."""
+    return next((thresholds for result, thresholds in front if result.accuracy >= accuracy), None)

@@ -5,7 +5,7 @@ those of real calls on real images, in turns with every fixed depth, at each bat
 """
 
 import itertools
-import time
+import random
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from ddnn.errors import RequestError
 from ddnn.runtime.cascade import NEVER, UNREACHED, confidence
 from ddnn.runtime.curve import Curve, Point, Took, choose
 from ddnn.runtime.heldout import HeldOut, all_unread
+from ddnn.runtime.kept import now
 from ddnn.runtime.machine import Attention, this_machine
 from ddnn.runtime.manifest import Net
 from ddnn.runtime.pixels import Floats, normalised
-from ddnn.runtime.profile import in_turns, now
-from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, outcome
+from ddnn.runtime.profile import FEWEST_RUNS, MOST_RUNS
+from ddnn.runtime.thresholds import Costs, Seen, cheapest, curve, frontier, outcome
+from ddnn.timing import in_turns, time_round
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
@@ -62,8 +64,9 @@ def measure(
     seen, judged = see(model, chosen_on), see(model, judged_by)
     watch("cost of every part of the cascade")
     costs = part_costs(model, judged_by, batches[0], seconds / 4)
-    found = curve(seen, costs, POINTS)
-    if accuracy is not None and (just := cheapest(seen, costs, accuracy)) is not None and just not in found:
+    front = frontier(seen, costs)
+    found = curve(front, POINTS)
+    if accuracy is not None and (just := cheapest(front, accuracy)) is not None and just not in found:
         found = sorted([*found, just], key=lambda thresholds: outcome(seen, costs, thresholds).cost)
     macs = part_macs(nets)
     through = [UNREACHED] * (len(nets) - 1)
@@ -140,8 +143,8 @@ def part_costs(model: "Model", held: HeldOut, batch: int, seconds: float) -> Cos
     for k in range(count - 1):
         forced["without", k] = [UNREACHED] * k + [NEVER] + [0.0] * (count - 2 - k)
     calls = {key: partial(model.cascade, images, thresholds) for key, thresholds in forced.items()}
-    times = in_turns(calls, seconds)
-    took = {key: float(np.median(taken)) / batch for key, taken in times.items()}
+    times = in_turns(calls, seconds=seconds, fewest=FEWEST_RUNS, most=MOST_RUNS)
+    took = {key: 1000 * float(np.median(taken)) / batch for key, taken in times.items()}
     to = [0.0, *(took["to", k] for k in range(count))]
     asked = [max(after - before, 1e-9) for before, after in itertools.pairwise(to)]
     saved = [took["to", k + 1] - took["without", k] for k in range(count - 1)]
@@ -178,24 +181,22 @@ def _latencies(
     first = normalised(judge.pixels[:batch], model.manifest.input)
     for call in calls.values():
         call(first)
-    start = time.perf_counter()
-    for call in calls.values():
-        call(first)
-    rounds = int(np.clip(seconds / (time.perf_counter() - start), FEWEST, MOST))
+    chance = random.Random(0)
+
+    def timed(images: Floats) -> list[float]:
+        """Milliseconds of each call with these."""
+        taken = time_round({key: partial(call, images) for key, call in calls.items()}, chance)
+        return [1000 * each for each in taken.values()]
+
+    rounds = int(np.clip(1000 * seconds / sum(timed(first)), FEWEST, MOST))
     order = np.argsort(judged.confidence[:, 0], kind="stable")
     spread = order[np.linspace(0, len(order) - 1, rounds * batch).astype(int)]
     spread = np.random.default_rng(0).permutation(spread)
-    times: dict[Hashable, list[float]] = {key: [] for key in calls}
-    for i in range(rounds):
-        images = normalised(judge.pixels[spread[i * batch : (i + 1) * batch]], model.manifest.input)
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call(images)
-            times[key].append(1000 * (time.perf_counter() - start))
-    table = np.array(list(times.values()))
+    given = (judge.pixels[spread[i * batch : (i + 1) * batch]] for i in range(rounds))
+    table = np.array([timed(normalised(pixels, model.manifest.input)) for pixels in given]).T
     table = table[:, undisturbed(table.sum(axis=0))]
     took = [Took(float(taken.mean()), float(np.percentile(taken, 95))) for taken in table]
-    return dict(zip(times, took, strict=True)), table.shape[1]
+    return dict(zip(calls, took, strict=True)), table.shape[1]
 
 
 def undisturbed(rounds: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
