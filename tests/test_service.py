@@ -517,6 +517,7 @@ def test_what_http_does_not_accept_ends_in_a_sentence(model: Model, monkeypatch:
             ({"body": photo(), "path": "/predict?top=0"}, 400, "top=0 must be a whole number"),
             ({"body": photo(), "path": "/predict?top=some"}, 400, "top=some must be a whole number"),
             ({"body": photo(), "path": f"/predict?top=1{'0' * 5000}"}, 400, "top=10000000000000000000 must be"),
+            ({"body": photo(), "path": "/predict?depth=small"}, 400, "depth is no parameter of /predict; top is the"),
             ({"path": "/elsewhere"}, 404, "Not Found"),
             ({"method": "GET"}, 405, "Method Not Allowed"),
         ):
@@ -590,7 +591,7 @@ def test_the_command_serves_until_it_is_asked_to_end(bundle: Path, asking: signa
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            line = process.stderr.readline()
+            takes, line = process.stderr.readline(), process.stderr.readline()
             address = line.removeprefix("POST an image to http://").partition("/")[0]
             found = [asked(address, body=photo())[0] for _ in range(answered)]
             process.send_signal(asking)
@@ -599,7 +600,15 @@ def test_the_command_serves_until_it_is_asked_to_end(bundle: Path, asking: signa
             process.kill()
     assert found == [200] * answered
     assert process.returncode == 0
+    assert re.fullmatch(r"one image takes small [\d.]+ ms, middle [\d.]+ ms, large [\d.]+ ms\n", takes)
     assert re.fullmatch(r"answered by small \d, middle \d, large \d; 0 late, 0 refused, 0 failed\n", rest)
+
+
+def test_a_time_in_which_no_depth_can_answer_is_refused(bundle: Path) -> None:
+    command = [sys.executable, "-m", "ddnn", "serve", str(bundle), "--latency-ms", "0.01", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "error: no depth can answer in 0.01 ms, even without decoding; give a longer time" in done.stderr
 
 
 def test_an_address_that_cannot_be_listened_at_is_named() -> None:

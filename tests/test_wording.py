@@ -1,5 +1,7 @@
 """Numbers and words for people."""
 
+from pathlib import Path
+
 import pytest
 
 from ddnn import wording
@@ -48,3 +50,7 @@ def test_one_and_more() -> None:
     assert wording.counted(1, "core") == "1 core"
     assert wording.threads_and_weights(1, True) == "1 thread, shared weights"
     assert wording.threads_and_weights(2, False) == "2 threads"
+
+
+def test_a_command_can_be_pasted() -> None:
+    assert wording.command("ddnn", "profile", Path("bun dle"), "--batch", 4) == "ddnn profile 'bun dle' --batch 4"

@@ -1,5 +1,6 @@
 """Numbers and words for people, each written one way. Only the standard library is imported."""
 
+import shlex
 from collections.abc import Sequence
 
 
@@ -26,6 +27,11 @@ def listed(words: Sequence[str]) -> str:
 def counted(number: int, what: str) -> str:
     """Such as '1 thread' and '2 threads'."""
     return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted as it is: words with spaces and the like are quoted."""
+    return shlex.join(map(str, words))
 
 
 def threads_and_weights(threads: int, shared: bool) -> str:

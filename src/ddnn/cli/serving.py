@@ -6,6 +6,8 @@ import typer
 
 from ddnn.cli.app import app
 from ddnn.cli.device import Bundle, Shared
+from ddnn.errors import BudgetError
+from ddnn.wording import three
 
 
 @app.command()
@@ -43,6 +45,12 @@ def serve(
     with listen(host, port) as listening:
         model = ddnn.load(bundle, threads=threads, shared=shared)
         with ddnn.Service(model, latency_ms, batch=batch, workers=workers) as service:
+            takes = service.takes()
+            typer.echo("one image takes " + ", ".join(f"{name} {three(ms)} ms" for name, ms in takes.items()), err=True)
+            if min(takes.values()) > latency_ms:
+                raise BudgetError(
+                    f"no depth can answer in {latency_ms:g} ms, even without decoding; give a longer time"
+                )
             serve_at(service, listening, ready)
     counts = service.counts()
     answered = ", ".join(f"{name} {count}" for name, count in counts.answered.items())

@@ -10,6 +10,7 @@ import typer
 
 from ddnn.cli.app import app
 from ddnn.errors import DDNNError
+from ddnn.wording import command
 
 
 @app.command()
@@ -90,7 +91,9 @@ def train(
         with Display(console) as display:
             summary = train_run(run, display)
     except KeyboardInterrupt:
-        make_console(stderr=True).print(f"stopped; go on with: ddnn train --resume {run.path}", markup=False)
+        make_console(stderr=True).print(
+            f"stopped; go on with: {command('ddnn', 'train', '--resume', run.path)}", markup=False
+        )
         raise typer.Exit(130) from None
     except DDNNError:
         if chosen is not None and not launched:  # where others may be in it

@@ -12,7 +12,7 @@ from ddnn.runtime.checks import check_above_0, is_finite, is_number, is_whole
 from ddnn.runtime.kept import machine_folder, text_of
 from ddnn.runtime.machine import Machine
 from ddnn.runtime.manifest import Manifest
-from ddnn.wording import threads_and_weights, three
+from ddnn.wording import command, threads_and_weights, three
 
 VERSION = 1
 NAME = "cascade.json"
@@ -87,8 +87,9 @@ class Curve:
         if (self.threads, self.shared) != (threads, shared):
             raise RequestError(
                 f"the cascade was not measured with {threads_and_weights(threads, shared)} but "
-                f"with {threads_and_weights(self.threads, self.shared)}; run: ddnn cascade {manifest.folder} "
-                f"--data HELD-OUT --threads {threads}{' --shared' if shared else ''}"
+                f"with {threads_and_weights(self.threads, self.shared)}; run: "
+                + command("ddnn", "cascade", manifest.folder, "--data", "HELD-OUT", "--threads", threads)
+                + (" --shared" if shared else "")
             )
         return self
 
@@ -152,7 +153,7 @@ def write(curve: Curve, manifest: Manifest) -> Path:
 def read(manifest: Manifest, machine: Machine) -> Curve:
     """This machine's curve. Raises `RequestError` where there is none, `BundleError` where it is damaged."""
     path = machine_folder(manifest.folder, machine) / NAME
-    run = f"run: ddnn cascade {manifest.folder} --data HELD-OUT"
+    run = "run: " + command("ddnn", "cascade", manifest.folder, "--data", "HELD-OUT")
     try:
         content = json.loads(text_of(path))
         if content.pop("format") != "ddnn-cascade" or content.pop("version") != VERSION:

@@ -23,7 +23,7 @@ from ddnn.runtime.kept import machine_folder, now, text_of
 from ddnn.runtime.machine import Attention, Machine, this_machine
 from ddnn.runtime.manifest import Manifest, Net
 from ddnn.timing import in_turns
-from ddnn.wording import threads_and_weights, three
+from ddnn.wording import command, threads_and_weights, three
 
 if TYPE_CHECKING:
     from ddnn.runtime.model import Model
@@ -101,10 +101,11 @@ class Profile:
         rows = [row for row in self.rows if row.condition == condition and row.depth in wanted]
         if {row.depth for row in rows} != set(wanted):
             known = "; ".join(map(str, dict.fromkeys(row.condition for row in self.rows)))
-            shared = " --shared" if condition.shared else ""
+            shared = ["--shared"] if condition.shared else []
+            asked = ("--batch", condition.batch, "--threads", condition.threads, *shared)
             raise RequestError(
-                f"{condition} was not measured on this machine; measured are: {known}; run: ddnn profile {bundle} "
-                f"--batch {condition.batch} --threads {condition.threads}{shared}"
+                f"{condition} was not measured on this machine; measured are: {known}; run: "
+                + command("ddnn", "profile", bundle, *asked)
             )
         return rows
 
@@ -112,17 +113,15 @@ class Profile:
 def read(manifest: Manifest, machine: Machine) -> Profile:
     """This machine's profile of a bundle. Raises `RequestError` where there is none, `BundleError` where damaged."""
     profile = _read(machine_folder(manifest.folder, machine) / NAME)
+    run = command("ddnn", "profile", manifest.folder)
     if profile is None:
         others = sorted(path.parent.name for path in manifest.folder.glob(f"machines/*/{NAME}"))
         only = (
             f" (only of {'another machine' if len(others) == 1 else f'{len(others)} other machines'})" if others else ""
         )
-        raise RequestError(f"there is no profile of this machine{only}; run: ddnn profile {manifest.folder}")
+        raise RequestError(f"there is no profile of this machine{only}; run: {run}")
     if profile.bundle != manifest.digest or profile.machine != machine:
-        raise RequestError(
-            "the profile of this machine is of another bundle that was here before; run: ddnn profile "
-            f"{manifest.folder}"
-        )
+        raise RequestError(f"the profile of this machine is of another bundle that was here before; run: {run}")
     return profile
 
 

@@ -9,6 +9,7 @@ who may ask, and limits connections.
 
 import asyncio
 import contextlib
+import io
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -29,6 +31,7 @@ from starlette.routing import Route
 
 from ddnn.cpus import available_cpus
 from ddnn.errors import DDNNError, OverloadError, RequestError
+from ddnn.runtime.manifest import Input
 from ddnn.runtime.pixels import from_bytes
 from ddnn.runtime.service import Answer, Service
 
@@ -102,10 +105,19 @@ def serve(service: Service, listening: socket.socket, ready: Callable[[str], Non
         timeout_graceful_shutdown=int(BODY_SECONDS + 2 * service.latency_ms / 1000) + 1,
     )
     server = uvicorn.Server(config)
+    _warm_up(service.model.manifest.input)
     host, port = listening.getsockname()[:2]
     with _ending(server):
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         server.run(sockets=[listening])
+
+
+def _warm_up(wanted: Input) -> None:
+    """Decode an image now, so that the first one that comes does not wait for what is loaded for that."""
+    Image.init()
+    file = io.BytesIO()
+    Image.new("RGB", (wanted.size, wanted.size)).save(file, "JPEG")
+    from_bytes(file.getvalue(), wanted, MOST_PIXELS)
 
 
 @contextlib.contextmanager
@@ -145,6 +157,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _top(request: Request) -> int:
+    if unknown := set(request.query_params) - {"top"}:
+        raise RequestError(f"{min(unknown)[:20]} is no parameter of /predict; top is the only one")
     asked = request.query_params.get("top", "5")
     if not (asked.isascii() and asked.isdigit() and len(asked) <= 6 and int(asked)):
         raise RequestError(f"top={asked[:20]} must be a whole number from 1 to 999999")

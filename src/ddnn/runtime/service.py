@@ -151,6 +151,10 @@ class Service:
         with self._admitted(_moment(arrived)):
             pass
 
+    def takes(self) -> dict[str, float]:
+        """Milliseconds that each depth took for one image when the service began."""
+        return {name: 1000 * seconds[1] for name, seconds in self._pace.base.items()}
+
     def counts(self) -> Counts:
         """What became of the images so far."""
         with self._changed:
