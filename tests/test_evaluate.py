@@ -9,6 +9,7 @@ import torchvision
 from ddnn.cost import step_cost
 from ddnn.evaluate import accuracy, hits, latency_ms, macs, parameters, ratio, side_by_side
 from ddnn.families import build
+from ddnn.families.discover import ghost
 from ddnn.network import DDNN, nest
 from ddnn.objective import EKD
 
@@ -92,6 +93,15 @@ def test_a_slower_round_does_not_move_a_ratio() -> None:
     assert ratio(seconds, ["a"], ["b"]) == pytest.approx(2 / 3)
     assert ratio(seconds, ["a"], ["b", "c"]) == pytest.approx(1 / 2)
     assert ratio(seconds, ["a", "b"], ["c"]) == pytest.approx(5)
+
+
+def test_macs_are_counted_on_a_meta_network_itself_which_stays_as_it_is() -> None:
+    net = small().train()
+    imagined = ghost(net)
+    modules = dict(imagined.named_modules(remove_duplicate=False))
+    assert macs(imagined, 32) == macs(net, 32)
+    assert dict(imagined.named_modules(remove_duplicate=False)) == modules
+    assert all(module.training for module in modules.values())
 
 
 def test_latency_is_measured_for_every_net() -> None:

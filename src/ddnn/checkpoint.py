@@ -29,7 +29,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
 
 from ddnn import recipe as recipes
 from ddnn.device import settled
@@ -233,14 +232,9 @@ def _alone(path: Path, wait_s: float) -> Iterator[None]:
         yield
 
 
-def distinct(net: DDNN) -> dict[str, Tensor]:
-    """The tensors of a DDNN's state by name, a shared one only under its name in the deepest net that has it."""
-    return dict(net.state_dict())
-
-
 def weights_of(net: DDNN) -> bytes:
     """A DDNN's state as a safetensors file, every tensor once."""
-    return save_safetensors({k: t.contiguous() for k, t in distinct(net).items()}, {"format": "pt"})
+    return save_safetensors({k: t.contiguous() for k, t in net.state_dict().items()}, {"format": "pt"})
 
 
 def fill(net: DDNN, path: Path, digest: str, *, stated: str, source: Path) -> None:
@@ -258,7 +252,7 @@ def fill(net: DDNN, path: Path, digest: str, *, stated: str, source: Path) -> No
         weights = load_safetensors(content)
     except SafetensorError as error:
         raise RunError(f"{path} is no safetensors file: {error}") from None
-    ours = distinct(net)
+    ours = net.state_dict()
     if weights.keys() != ours.keys() or any(weights[k].shape != ours[k].shape for k in ours):
         raise RunError(f"{path} holds other tensors than the network of {source}")
     with torch.no_grad():

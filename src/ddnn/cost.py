@@ -73,8 +73,7 @@ def _joint_over_alone(net: DDNN, step: Callable[[DDNN], Callable[[], None]], x: 
     """Time of the joint step over that of every net alone."""
     joint = copy.deepcopy(net).train()
     alone = {name: net.alone(name).train() for name in net.nets}
-    rng = torch.get_rng_state()  # dropout draws from it
     calls = {f"alone {name}": step(one) for name, one in alone.items()}
-    seconds = side_by_side({"joint": step(joint), **calls}, x.device, budget_s)
-    torch.set_rng_state(rng)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # dropout draws from it
+        seconds = side_by_side({"joint": step(joint), **calls}, x.device, budget_s)
     return ratio(seconds, ["joint"], calls)

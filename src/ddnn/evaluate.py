@@ -1,6 +1,7 @@
 """Measure networks: accuracy, parameters, multiply-accumulates (MACs), latency."""
 
 import copy
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
@@ -103,12 +104,21 @@ def macs(net: nn.Module, image_size: int) -> int:
 
     Of a DDNN: those of the whole tree, common beginnings counted once.
     """
-    imagined = ghost(net).eval()
-    for module in imagined.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:  # which multiplies nothing, and would take two thirds of the time
-                setattr(module, name, nn.Identity())
-    return call_macs(imagined, torch.empty(1, 3, image_size, image_size, device="meta"))
+    imagined = net if all(t.is_meta for t in itertools.chain(net.parameters(), net.buffers())) else ghost(net)
+    norms = [  # which multiply nothing, and would take two thirds of the time
+        (module, name, child)
+        for module in imagined.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.BatchNorm2d
+    ]
+    for module, name, _ in norms:
+        setattr(module, name, nn.Identity())
+    try:
+        with at_rest(imagined):
+            return call_macs(imagined, torch.empty(1, 3, image_size, image_size, device="meta"))
+    finally:
+        for module, name, norm in norms:
+            setattr(module, name, norm)
 
 
 def tree_bound(net: DDNN, image_size: int) -> float:

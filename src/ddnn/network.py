@@ -81,6 +81,9 @@ class DDNN(nn.Module):
         self.norm = norm
         self.head = head
         self.depths = {name: anatomy.depths for name, anatomy in self.anatomies.items()}
+        self.nodes: dict[str, list[Node]] = {
+            name: [(owner(self.depths, name, i), i) for i in range(sum(depths))] for name, depths in self.depths.items()
+        }
         if norm == "recalibrated":
             # Kept with the weights: a net whose statistics were never recomputed must not pass for a finished one.
             self.register_buffer("calibrated", torch.tensor(False))
@@ -155,8 +158,7 @@ class DDNN(nn.Module):
         steps: list[Step] = []
         for blocks in self.anatomies[self._known(name)].steps(self.nets[name]):
             for b, block in enumerate(blocks):
-                i = len(steps)
-                steps.append(Step((owner(self.depths, name, i), i), block, ends_stage=b == len(blocks) - 1))
+                steps.append(Step(self.nodes[name][len(steps)], block, ends_stage=b == len(blocks) - 1))
         return steps
 
     def stem(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """All that changes while a run goes on, and so all that a checkpoint has to hold."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -51,16 +52,23 @@ class Sums:
 
         Of several processes all look at the same steps, and all then know the sums over all.
         """
-        for step, terms, right, images in self.unseen:
-            mine = [*(term.item() / processes.count for term in terms.values()), *map(int, right.values()), images]
-            values = processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-            for name, value in zip(terms, values, strict=False):
-                if value - value != 0:  # neither infinite nor NaN
+        if not self.unseen:
+            return
+        losses = torch.stack([term for _, terms, _, _ in self.unseen for term in terms.values()]).cpu().double()
+        counts = torch.stack([count for _, _, right, _ in self.unseen for count in right.values()]).cpu()
+        images = torch.tensor([images for *_, images in self.unseen])
+        summed = processes.sum(torch.cat([losses / processes.count, counts, images]))
+        parts = summed.split([len(losses), len(counts), len(images)])
+        every_loss, every_count, every_images = (iter(part.tolist()) for part in parts)
+        for step, terms, right, _ in self.unseen:
+            for name in terms:
+                value = next(every_loss)
+                if not math.isfinite(value):
                     raise RunError(f"the loss is no longer finite: term {name} is {value} at step {step}; {WHAT_NOW}")
                 self.terms[name] = self.terms.get(name, 0.0) + value
-            for name, count in zip(right, values[len(terms) :], strict=False):
-                self.top1[name] = self.top1.get(name, 0) + int(count)
-            self.images += int(values[-1])
+            for name in right:
+                self.top1[name] = self.top1.get(name, 0) + int(next(every_count))
+            self.images += int(next(every_images))
             self.steps += 1
         self.unseen = []
 

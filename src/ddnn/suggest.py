@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddnn.errors import NestingError
-from ddnn.evaluate import latency_ms, macs, parameters, side_by_side, tree_bound
+from ddnn.evaluate import latency_ms, macs, parameters, side_by_side
 from ddnn.families.discover import ghost
 from ddnn.network import DDNN, assemble, nest
 from ddnn.sharing import Depths
@@ -148,6 +148,8 @@ class _Search:
         self.device = device
         self.macs = macs(alone, image_size)
         self.parameters = parameters(alone)
+        self._counted: dict[Depths, int] = {}
+        """MACs of the sub-nets looked at so far."""
 
     # -- wishes -------------------------------------------------------------------------------------------------
 
@@ -183,7 +185,8 @@ class _Search:
 
     def bound(self, depths: Sequence[Depths]) -> float:
         """MACs of the tree of these sub-nets and the full-net over those of training each alone."""
-        return tree_bound(self.nested(depths), self.image_size)
+        alone = sum(self._macs_of(one) for one in dict.fromkeys([*depths, self.full]))
+        return macs(self.nested(depths), self.image_size) / alone
 
     def latency(self, depths: Depths) -> float:
         """Milliseconds of a sub-net on the device."""
@@ -191,8 +194,10 @@ class _Search:
         name = next(iter(net.nets))
         return latency_ms({name: net.nets[name]}, self.image_size, self.device)[name]
 
-    def _macs_of(self, depths: Depths) -> float:
-        return macs(next(iter(self.nested([depths]).nets.values())), self.image_size)
+    def _macs_of(self, depths: Depths) -> int:
+        if depths not in self._counted:
+            self._counted[depths] = macs(next(iter(self.nested([depths]).nets.values())), self.image_size)
+        return self._counted[depths]
 
     def _assembled(self, full_net: nn.Module, depths: Sequence[Depths]) -> DDNN:
         table = {f"net{i}": d for i, d in enumerate(dict.fromkeys(depths)) if d != self.full}
@@ -306,7 +311,7 @@ class _Search:
     def _proposal(self, name: str, depths: Depths, kinds: tuple[Kind, ...], wanted: str, measured: bool) -> Proposal:
         net = self.nested([depths])
         subnet = next(iter(net.nets.values()))
-        work, added = macs(subnet, self.image_size), macs(net, self.image_size) - self.macs
+        work, added = self._macs_of(depths), macs(net, self.image_size) - self.macs
         kept = [d / blocks for d, blocks in zip(depths, self.full, strict=True) if blocks > 1] or [1.0]
         more = f"{added / self.macs:.0%} more than the full-net's" if added > 0.005 * self.macs else "hardly more"
         reasons = {
