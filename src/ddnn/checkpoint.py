@@ -140,15 +140,8 @@ class RunFolder:
         return about, summary
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs so far. A last line torn by a kill is left out."""
-        path = self.path / "metrics.jsonl"
-        epochs = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                epochs.append(json.loads(line))
-            except ValueError:
-                break
-        return epochs
+        """The epochs so far."""
+        return epochs_of(self.path)
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         """Write all epochs so far."""
@@ -222,6 +215,18 @@ class RunFolder:
     def load_weights(self, net: DDNN, digest: str) -> None:
         """Fill a freshly built net; `RunError` for a file that is not the one the run wrote."""
         fill(net, self.path / "model.safetensors", digest, stated="summary.json", source=self.path / "recipe.toml")
+
+
+def epochs_of(run: Path) -> list[dict[str, Any]]:
+    """The epochs so far of the run in a folder. A last line torn by a kill is left out."""
+    path = run / "metrics.jsonl"
+    epochs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            epochs.append(json.loads(line))
+        except ValueError:
+            break
+    return epochs
 
 
 @contextlib.contextmanager

@@ -109,7 +109,8 @@ def _run(
 ) -> dict[str, str]:
     """Run what is missing, and sum up after each; why trainings failed, by name."""
     by_name = {job.name: job for job in jobs}
-    todo = [job for job in jobs if not summary_of(folder, job)]
+    done = {job.name for job in jobs if summary_of(folder, job) is not None}
+    todo = [job for job in jobs if job.name not in done]
     started: set[str] = set()
     failed: dict[str, str] = {}
     while todo or started:
@@ -117,7 +118,7 @@ def _run(
             if job.needs in failed:
                 failed[job.name] = f"needs {job.needs}"
                 todo.remove(job)
-            elif engine.takes_more() and (job.needs is None or summary_of(folder, by_name[job.needs])):
+            elif engine.takes_more() and (job.needs is None or job.needs in done):
                 engine.start(job)
                 started.add(job.name)
                 todo.remove(job)
@@ -127,11 +128,11 @@ def _run(
             if why or summary is None:
                 failed[ended] = why or see_log(folder, ended)
             else:
+                done.add(ended)
                 sum_up()
                 watcher.finished(ended, summary)
         running = engine.running()
-        done = sum(summary_of(folder, job) is not None for job in jobs)
-        watcher.comparison(running, done, len(jobs), seconds_left(folder, jobs, failed, len(running)))
+        watcher.comparison(running, len(done), len(jobs), seconds_left(folder, jobs, failed, len(running)))
     return failed
 
 

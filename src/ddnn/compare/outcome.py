@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnn.build import build
-from ddnn.checkpoint import RunFolder
+from ddnn.checkpoint import RunFolder, epochs_of
 from ddnn.compare.plan import METHODS, Job
 from ddnn.evaluate import macs
 from ddnn.files import write_atomic
@@ -49,12 +49,26 @@ def seconds_left(folder: Path, jobs: list[Job], failed: Iterable[str] = (), at_a
     for job in jobs:
         if job.name in failed:
             continue
-        epochs = _run_of(folder, job).metrics()
-        costs = _costs(job.recipe, *images)
-        spent += sum(epoch["seconds"]["total"] for epoch in epochs)
-        macs_done += sum(costs[: len(epochs)])
-        macs_left += sum(costs[len(epochs) :])
+        seconds, costs = _epochs(folder, job), _costs(job.recipe, *images)
+        spent += sum(seconds)
+        macs_done += sum(costs[: len(seconds)])
+        macs_left += sum(costs[len(seconds) :])
     return spent / macs_done * macs_left / max(1, at_a_time) if macs_done else None
+
+
+def _epochs(folder: Path, job: Job) -> tuple[float, ...]:
+    """Seconds of the epochs that a training has done so far."""
+    run = _run_of(folder, job)
+    try:
+        return _epochs_in(run.path, (run.path / "metrics.jsonl").stat().st_mtime_ns)
+    except FileNotFoundError:
+        return ()
+
+
+@functools.cache
+def _epochs_in(path: Path, _written: int) -> tuple[float, ...]:
+    """Read once, and again when it was written again: whoever waits for a comparison asks every second."""
+    return tuple(epoch["seconds"]["total"] for epoch in epochs_of(path))
 
 
 @functools.cache
