@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,12 @@ TINY = (
     "train.batch_size=32",
     "train.checkpoint_minutes=0",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported: it looked through all of torch every few seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def trainings_of(folder: Path) -> list[int]:

@@ -272,6 +272,17 @@ def test_sigterm_keeps_the_step_it_came_in(tiny: Make, step: int, monkeypatch: p
     assert exact(run) == exact(whole)
 
 
+def test_what_another_process_was_asked_in_the_last_step_of_an_epoch_ends_this_one(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no step after it in which the two would agree."""
+    monkeypatch.setattr(Processes, "most", lambda *_: 1.0)
+    run = tiny("run")
+    with pytest.raises(Preempted, match=r"SIGTERM after step 5, of which a checkpoint was kept"):
+        train(run, Quiet())
+    assert steps_kept(run.path)[-1] == 5
+
+
 def test_sigterm_is_not_taken_for_an_error_of_what_it_interrupts(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         try:
