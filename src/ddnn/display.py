@@ -21,7 +21,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.learning = 0
-        """Nets in the last epoch."""
+        """How many nets, at the last look."""
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,6 +56,9 @@ class Display:
 
     def steps(self, done: int, loss: float, top1: dict[str, float]) -> None:
         """Move the bar."""
+        if 0 < self.learning < len(top1):
+            self.console.print("the sub-nets join: from here on the loss is the sum of the terms of all nets")
+        self.learning = len(top1)
         figures = f"loss {loss:.3f}  top-1 % " + "  ".join(f"{name} {100 * t:.1f}" for name, t in top1.items())
         self.bars.update(self.task, completed=done, figures=figures)
 
@@ -66,9 +69,6 @@ class Display:
         else:
             what, scores = "training", metrics["train_top1"]
         accuracies = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores.items())
-        if 0 < self.learning < len(scores):
-            self.console.print("the sub-nets join: from here on the loss is the sum of the terms of all nets")
-        self.learning = len(scores)
         self.console.print(
             f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}  {what} top-1 %  {accuracies}  "
             f"{metrics['seconds']['total']:.0f} s",

@@ -19,7 +19,10 @@ def suggest(
     latency_ms: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Wanted milliseconds for one image, measured here.")
     ] = None,
-    size: Annotated[int, typer.Option(min=4, metavar="PX", help="Side of the images (CIFAR networks: 32).")] = 224,
+    size: Annotated[
+        int | None,
+        typer.Option(min=4, metavar="PX", help="Side of the images (default: 224, of CIFAR networks 32)."),
+    ] = None,
     stages: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Names of the stages, such as blocks[0:6],blocks[6:12].")
     ] = None,
@@ -49,8 +52,8 @@ def suggest(
     from ddnn.families import PRESETS, build
     from ddnn.suggest import suggest as propose
 
-    if network.startswith("cifar") and size == 224:
-        size = 32
+    if size is None:
+        size = 32 if network.startswith("cifar") else 224
     full_net, _ = build(network, num_classes=1000, image_size=size)
     suggestion = propose(
         full_net,

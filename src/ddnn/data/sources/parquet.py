@@ -102,7 +102,7 @@ class _Groups(Reader):
             with _opened(file.place, file.metadata) as table:
                 return table.read_row_group(group - int(self.first[number]), columns=wanted, use_threads=False)
 
-        rows = (places.tried(file.place, "read", read) if places.is_remote(file.place) else read())[self.column]
+        rows = places.tried(file.place, "read", read)[self.column]
         column = rows.combine_chunks() if rows.num_chunks != 1 else rows.chunk(0)
         # A null in place of the struct is a null in each of its fields.
         return column if plain else column.flatten()[0]
@@ -163,7 +163,7 @@ def _files(place: str, paths: Sequence[str]) -> list[_File]:
 
     def of(path: str) -> _File:
         try:
-            return places.tried(path, "read", lambda: looked_at(path)) if places.is_remote(path) else looked_at(path)
+            return places.tried(path, "read", lambda: looked_at(path))
         except DataError:
             raise
         except Exception as error:  # of pyarrow, which has many
@@ -222,7 +222,7 @@ def _values(place: str, split: str, files: Sequence[_File], label: str) -> Value
             with _opened(file.place, file.metadata) as table:
                 return table.read(columns=[label])[label]
 
-        return places.tried(file.place, "read", read) if places.is_remote(file.place) else read()
+        return places.tried(file.place, "read", read)
 
     try:
         with ThreadPoolExecutor(16) as pool:

@@ -133,7 +133,12 @@ def _reached(place: str) -> tuple[Any, str]:
 
 
 def tried(place: str, what: str, action: Callable[[], Any]) -> Any:
-    """Its result, after at most `TRIES` tries. A file that is not there is not asked for twice."""
+    """Its result, after at most `TRIES` tries. A file that is not there is not asked for twice.
+
+    What lies on this machine is tried once, and its errors are whoever's asked.
+    """
+    if not is_remote(place):
+        return action()
     for number in range(TRIES):
         try:
             return action()
