@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+# Fast tests of a file share what it makes; slow ones are few and long, so that an idle worker takes some of another's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-slow test-all test-lowest examples lint install clean
 
@@ -12,19 +13,19 @@ demo: $(VENV)/installed          ## install, train the demo, end with the table 
 	$(BIN)/ddnn train
 
 test: $(VENV)/installed          ## install, pass the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist loadfile -m "not slow"
 
 test-slow: examples              ## the others, those of the examples among them
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 test-all: examples               ## all of them
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 test-lowest:                     ## the fast tests with the oldest versions that pyproject.toml allows: gigabytes
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install --quiet --resolution lowest-direct -e '.[dev]'
-	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -m "not slow" -o filterwarnings=ignore
+	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) --dist loadfile -m "not slow" -o filterwarnings=ignore
 
 lint: $(VENV)/installed          ## formatting, lint, types
 	$(BIN)/ruff format --check .
