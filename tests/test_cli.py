@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, sentences, JSON."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import TINY, Quiet
+from ddnn import recipe as recipes
+from ddnn.build import build, check
 from ddnn.checkpoint import RunFolder
+from ddnn.errors import RecipeError
 from ddnn.families.cifar_resnet import resnet as cifar_resnet
 from ddnn.trained import load_trained
 from ddnn.trainer import train
@@ -163,6 +167,24 @@ def test_a_refused_recipe_leaves_no_folder_behind(ddnn: Callable[..., tuple[int,
     for overrides in (("data.source=/nowhere",), ("network.subnets.a=[3,3,3]",), ("train.batch_size=4096",)):
         assert ddnn("train", *TINY, *overrides, "--out", tmp_path / "run")[0] == 2
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_can_go_on_keeps_its_folder(
+    ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to end before it has trained anything."""
+    with monkeypatch.context() as at_first:
+        at_first.setattr("ddnn.trainer.data_of", lambda _: signal.raise_signal(signal.SIGTERM))
+        assert ddnn("train", *TINY, "--out", tmp_path / "run")[0] == 75
+    assert ddnn("train", "--resume", tmp_path / "run")[0] == 0
+
+
+def test_a_run_of_one_net_can_still_be_built() -> None:
+    """As earlier versions trained it, though a new one is refused."""
+    recipe = recipes.load("digits", ["network.subnets.only=[3,3,3]"])
+    with pytest.raises(RecipeError, match=r"network\.subnets: only has all blocks of cifar-resnet8-14-20"):
+        check(recipe)
+    assert list(build(recipe.network, 10).depths) == ["only"]
 
 
 def test_names_are_printed_as_they_are(ddnn: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -204,6 +205,19 @@ def test_files_that_are_no_images_by_their_names_are_told_of(
     data.load(section(to_memory(place, "memory://bucket/odd") if remote else place), 0)
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.endswith(": 2 .heic, 1 no ending, 1 .avif; convert those that are images")
+    caplog.clear()
+    (place / "val").mkdir()
+    (place / "val" / "9.heic").touch()
+    (place / "val" / "9.png").write_bytes(pictures()[0][0])
+    (place / "train").mkdir()
+    for name in NAMES:
+        (place / name).rename(place / "train" / name)
+    data.load(section(to_memory(place, "memory://bucket/odd2") if remote else place), 0)
+    assert sum(": 3 .heic, 1 no ending, 1 .avif;" in record.getMessage() for record in caplog.records) == 1
+    for name in NAMES:
+        (place / "train" / name).rename(place / name)
+    shutil.rmtree(place / "train")
+    shutil.rmtree(place / "val")
     for path in first.glob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match=rf"without images: {first.name}; fill or remove them: files .* 2 \.heic"):

@@ -225,6 +225,12 @@ def test_tokens_lie_as_in_the_image(size: tuple[int, int]) -> None:
     assert theirs.shape[2:] == (size[0] // 16, size[1] // 16)
 
 
+def test_patches_need_not_be_square() -> None:
+    options = {"img_size": 64, "patch_size": (8, 32), "embed_dim": 16, "num_heads": 2, "num_classes": 5}
+    net = nest(timm.create_model("vit_tiny_patch16_224", depth=2, **options), {"one": (1,)}).eval()
+    assert net(torch.randn(1, 3, 64, 64))["one"].features[0].shape == (1, 16, 8, 2)
+
+
 def test_a_flat_network_is_found_by_its_pattern_and_its_layers_move_up() -> None:
     net = nest(Flat(), {"small": (1, 1)})
     assert net.stages == ("[2:11:3]", "[12:18:3]")

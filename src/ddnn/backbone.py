@@ -179,7 +179,7 @@ def _measure(backbone: Backbone, size: int | None) -> dict[str, Shapes]:
     imagined = ghost(backbone).eval()
     refusal = ""
     full_net = backbone.trunk.nets[backbone.trunk.full_name]
-    sides = (*SIZES, *declared_sizes(full_net)) if size is None else (size,)
+    sides = tuple(dict.fromkeys((*SIZES, *declared_sizes(full_net)))) if size is None else (size,)
     for side, channels in itertools.product(sides, (3, 1)):
         x = torch.empty(1, channels, side, side, device="meta")
         try:
@@ -192,7 +192,7 @@ def _measure(backbone: Backbone, size: int | None) -> dict[str, Shapes]:
                     real = torch.zeros(x.shape, device=next(backbone.parameters()).device)
                     return {name: _shapes(features, side) for name, features in backbone.each(real).items()}
     raise NestingError(
-        f"the network does not take images of {' or '.join(map(str, dict.fromkeys(sides)))} px "
+        f"the network does not take images of {' or '.join(map(str, sides))} px "
         f"({refusal}); say which it takes: Backbone(..., image_size=...)"
     )
 

@@ -47,11 +47,6 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
         if image_size is None
         else torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)),
     )
-    if network.subnets and len(net.depths) == 1:
-        raise RecipeError(
-            f"network.subnets: {net.full_name} has all blocks of {network.name}, so it is the full-net and nothing is "
-            "nested in it; give it fewer"
-        )
     if network.alone is None:
         return net
     if network.alone not in net.depths:
@@ -62,6 +57,11 @@ def build(network: Network, num_classes: int, image_size: int | None = None) -> 
 def check(recipe: Recipe) -> list[str]:
     """The names of the recipe's nets, the full-net last; raises what is wrong with them, without weights or data."""
     nets = list(build(recipe.network.unweighted(), num_classes=2, image_size=recipe.data.image_size).depths)
+    if recipe.network.subnets and recipe.network.alone is None and len(nets) == 1:
+        raise RecipeError(
+            f"network.subnets: {nets[0]} has all blocks of {recipe.network.name}, so it is the full-net and nothing is "
+            "nested in it; give it fewer"
+        )
     make_objective(recipe, nets)
     return nets
 

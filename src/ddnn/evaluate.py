@@ -102,7 +102,8 @@ def parameters(net: nn.Module) -> int:
 def macs(net: nn.Module, image_size: int) -> int:
     """Multiply-accumulates of one image of 3 x `image_size` x `image_size` through convolutions and matrix products.
 
-    Of a DDNN: those of the whole tree, common beginnings counted once.
+    Of a DDNN: those of the whole tree, common beginnings counted once. A network on the meta device is counted itself,
+    any other by a ghost of it; while it is, its batch norms are out of it.
     """
     imagined = net if all(t.is_meta for t in itertools.chain(net.parameters(), net.buffers())) else ghost(net)
     norms = [  # which multiply nothing, and would take two thirds of the time

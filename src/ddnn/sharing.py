@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ddnn.families.anatomy import cut
+from ddnn.families.anatomy import cut, joined
 from ddnn.families.family import Anatomy
 from ddnn.families.split import holders
 from ddnn.policies import HeadPolicy, NormPolicy
@@ -129,7 +129,7 @@ def _outside(net: nn.Module, names: list[str]) -> list[str]:
     def walk(holder: str) -> list[str]:
         found = []
         for child in net.get_submodule(holder)._modules:
-            name = f"{holder}.{child}" if holder else child
+            name = joined(holder, child)
             if name in inside:
                 continue
             found += walk(name) if name in around else [name]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ddnn.cli.app import app
-from ddnn.errors import DDNNError
+from ddnn.errors import DDNNError, Preempted
 from ddnn.wording import command
 
 
@@ -95,8 +95,9 @@ def train(
             f"stopped; go on with: {command('ddnn', 'train', '--resume', run.path)}", markup=False
         )
         raise typer.Exit(130) from None
-    except DDNNError:
-        if chosen is not None and not launched:  # where others may be in it
+    except DDNNError as error:
+        # a run that can go on is no mistake, and others may be in the folder of several processes
+        if chosen is not None and not launched and not isinstance(error, Preempted):
             run.remove_unbegun()
         raise
     cost = summary["step_cost"]

@@ -82,8 +82,6 @@ def compare(
     _open(folder, recipe, begun, watcher.note)
     for sentence in left_out:
         watcher.note(sentence)
-    if not {"ekd", "alone"} <= {job.method for job in plan(recipe, methods, 1, nets)}:
-        watcher.note("without both ekd and alone among the methods there will be no verdict")
     try:
         ready = engine.open(folder, recipe, watcher.note)
         jobs = plan(ready, methods, seeds, nets)
@@ -91,6 +89,8 @@ def compare(
         most = max(seeds, seeds_in(folder))
         kept = methods_in(folder, plan(ready, METHODS, most, nets))
         every = plan(ready, [*methods, *kept], most, nets)
+        if not {"ekd", "alone"} <= {job.method for job in every}:
+            watcher.note("without both ekd and alone among the methods there will be no verdict")
         collect(folder, recipe, every, nets, name)
         failed = _run(folder, jobs, watcher, engine, lambda: collect(folder, recipe, every, nets, name))
     finally:

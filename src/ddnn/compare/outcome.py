@@ -65,7 +65,7 @@ def _epochs(folder: Path, job: Job) -> tuple[float, ...]:
         return ()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _epochs_in(path: Path, _written: int) -> tuple[float, ...]:
     """Read once, and again when it was written again: whoever waits for a comparison asks every second."""
     return tuple(epoch["seconds"]["total"] for epoch in epochs_of(path))
@@ -101,8 +101,8 @@ def collect(folder: Path, recipe: Recipe, jobs: list[Job], nets: list[str], name
     """
     about, done = {}, {}
     for job in jobs:
-        if summary_of(folder, job) is not None:
-            about[job.name], done[job.name] = _run_of(folder, job).finished()
+        if ((run := _run_of(folder, job)).path / "summary.json").exists():
+            about[job.name], done[job.name] = run.finished()
     seeds = sorted({job.seed for job in jobs})
     content: dict[str, Any] = {
         "dataset": recipe.data.source,

@@ -236,16 +236,17 @@ def _last_layer(module: nn.Module) -> list[str]:
 
 
 def _grid(net: nn.Module, places: int, image: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of so many places: those of the image's proportions, of its patches, or what the net declares.
+    """Rows and columns of so many places: the image's patches, its proportions, or what the net declares.
 
     What fits none of these is a square or, at worst, a row.
     """
     height, width = image
     embedding = getattr(net, "patch_embed", None)
-    rows = math.isqrt(places * height // width)
-    grids = [(rows, rows * width // height)] if rows * width % height == 0 else []
+    grids: list[tuple[int, int]] = []
     if _is_pair(patch := getattr(embedding, "patch_size", None)):
         grids += [(height // patch[0], width // patch[1]), (-(-height // patch[0]), -(-width // patch[1]))]
+    rows = math.isqrt(places * height // width)
+    grids += [(rows, rows * width // height)] if rows * width % height == 0 else []
     if _is_pair(declared := getattr(embedding, "grid_size", None)):
         grids.append(declared)
     side = math.isqrt(places)

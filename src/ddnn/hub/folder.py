@@ -189,7 +189,8 @@ def _num_classes(net: nn.Module, preprocessing: Preprocessing | None) -> int:
         return int(ghost(net).eval()(torch.empty(1, 3, size, size, device="meta")).shape[1])
     except Exception as error:  # whatever a forward may raise on images that are not of its size
         raise HubError(
-            f"the network does not take images of {size} px ({first_line(error)}); say by preprocessing which it takes"
+            f"the network does not take images of 3 x {size} x {size} ({first_line(error)}); say by preprocessing "
+            "which it takes"
         ) from None
 
 

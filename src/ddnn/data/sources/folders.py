@@ -60,8 +60,8 @@ class _Files(Reader):
 class _Tree(Protocol):
     """Folders below a root, by their paths within it; the root itself is ''."""
 
-    others: Counter[str]
-    """Files met that are no images, by what their names end with."""
+    others: dict[str, Counter[str]]
+    """Of each folder that was looked through: files that are no images, by what their names end with."""
 
     def subfolders(self, folder: str) -> list[str]: ...
 
@@ -72,7 +72,7 @@ class _Tree(Protocol):
 @dataclass(frozen=True)
 class _Local(_Tree):
     root: str
-    others: Counter[str] = field(default_factory=Counter)
+    others: dict[str, Counter[str]] = field(default_factory=dict)
 
     def subfolders(self, folder: str) -> list[str]:
         try:
@@ -82,7 +82,10 @@ class _Local(_Tree):
             return []
 
     def images(self, folder: str) -> list[str]:
-        return images_under(os.path.join(self.root, folder), others=self.others)
+        others: Counter[str] = Counter()
+        found = images_under(os.path.join(self.root, folder), others=others)
+        self.others[folder] = others
+        return found
 
 
 class _Listed(_Tree):
@@ -90,13 +93,16 @@ class _Listed(_Tree):
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._below: dict[str, dict[str, list[str]]] = {"": {}}
-        self.others = Counter()
+        self._rest: dict[str, Counter[str]] = {}
+        self.others = {}
         for path in paths:
             parts = path.split("/")
             if any(part.startswith(".") for part in parts):
                 continue
             if not path.lower().endswith(EXTENSIONS):
-                self.others[os.path.splitext(parts[-1])[1].lower()] += 1
+                for depth in range(1, min(3, len(parts))):
+                    rest = self._rest.setdefault("/".join(parts[:depth]), Counter())
+                    rest[os.path.splitext(parts[-1])[1].lower()] += 1
                 continue
             for depth in range(min(2, len(parts) - 1)):
                 below = self._below.setdefault("/".join(parts[:depth]), {})
@@ -106,6 +112,7 @@ class _Listed(_Tree):
         return sorted(self._below.get(folder, {}))
 
     def images(self, folder: str) -> list[str]:
+        self.others[folder] = self._rest.get(folder, Counter())
         above, _, name = folder.rpartition("/")
         return self._below[above][name]
 
@@ -182,7 +189,8 @@ def class_folders(root: str, data: Data, listed: Sequence[str] | None = None) ->
 
 def _passed_over(tree: _Tree) -> str:
     """That there are files which are no images, though they may be meant to be; '' where there are none."""
-    others = sorted(tree.others.items(), key=lambda pair: (-pair[1], pair[0]))
+    outermost = (each for folder, each in tree.others.items() if folder.rpartition("/")[0] not in tree.others)
+    others = sorted(sum(outermost, Counter()).items(), key=lambda pair: (-pair[1], pair[0]))
     found = [(ending or "no ending", count) for ending, count in others if ending not in TEXTS]
     if not found:
         return ""
