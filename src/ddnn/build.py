@@ -94,17 +94,18 @@ def load_weights(
             f"{len(surplus)} too many; it {example}"
         )
     differing = [name for name, tensor in weights.items() if tensor.shape != ours[name].shape]
+    classifier = _classifier(net, stages) if differing or fresh_classifier else ()
     if differing:
         name = differing[0]
         shapes = f"{name} of shape {tuple(weights[name].shape)}, the network needs {tuple(ours[name].shape)}"
-        if not _only_classes(_classifier(net, stages), {name: (weights[name], ours[name]) for name in differing}):
+        if not _only_classes(classifier, {name: (weights[name], ours[name]) for name in differing}):
             raise RecipeError(f"network.weights: {path} is of another network: it holds {shapes}")
         if not fresh_classifier:
             raise RecipeError(
                 f"network.weights: {path} was trained for another number of classes: it holds {shapes}; "
                 "network.fresh_classifier=true takes everything but the classifier"
             )
-    fresh = _classifier(net, stages) if fresh_classifier else ()
+    fresh = classifier if fresh_classifier else ()
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(fresh)}
     net.load_state_dict(kept, strict=not fresh and all(k in weights for k in ours))
 

@@ -36,7 +36,7 @@ from ddnn.errors import RunError
 from ddnn.files import held_alone, write_atomic
 from ddnn.network import DDNN
 from ddnn.recipe import Recipe
-from ddnn.wording import command
+from ddnn.wording import resuming
 
 KEEP = 2  # checkpoints: the newest, and one before it should that prove damaged
 
@@ -134,9 +134,7 @@ class RunFolder:
         """What `run.json` and `summary.json` say; `RunError` for a run that has not ended."""
         about, summary = self.read_json("run.json"), self.read_json("summary.json")
         if about is None or summary is None:
-            raise RunError(
-                f"the run in {self.path} is not finished; go on with: {command('ddnn', 'train', '--resume', self.path)}"
-            )
+            raise RunError(f"the run in {self.path} is not finished; go on with: {resuming(self.path)}")
         return about, summary
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -92,6 +92,4 @@ class _Fork(torch.autograd.Function):
         factor = _factor(feature, of_energy)
         if of_feature is None:
             return (feature * factor).to(feature.dtype)
-        if feature.dtype == factor.dtype:
-            return torch.addcmul(of_feature, feature, factor)
-        return (of_feature + feature * factor).to(feature.dtype)
+        return torch.addcmul(of_feature, feature, factor).to(feature.dtype)

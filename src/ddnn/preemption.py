@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ddnn.errors import Preempted
-from ddnn.wording import command
+from ddnn.wording import resuming
 
 
 class _AtOnce(BaseException):
@@ -39,7 +39,7 @@ class Notice:
 
     def end(self, kept: str) -> None:
         """Raise `Preempted`; `kept` says what was saved just now."""
-        raise Preempted(f"stopped by SIGTERM{kept}; go on with: {command('ddnn', 'train', '--resume', self.run)}")
+        raise Preempted(f"stopped by SIGTERM{kept}; go on with: {resuming(self.run)}")
 
 
 @contextlib.contextmanager

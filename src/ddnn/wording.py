@@ -34,6 +34,11 @@ def command(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
+def resuming(run: object) -> str:
+    """The command that goes on with the run in a folder."""
+    return command("ddnn", "train", "--resume", run)
+
+
 def threads_and_weights(threads: int, shared: bool) -> str:
     """How a bundle is loaded, such as '2 threads, shared weights'."""
     return f"{counted(threads, 'thread')}{', shared weights' if shared else ''}"

@@ -10,7 +10,7 @@ import typer
 
 from ddnn.cli.app import app
 from ddnn.errors import DDNNError, Preempted
-from ddnn.wording import command
+from ddnn.wording import resuming
 
 
 @app.command()
@@ -91,9 +91,7 @@ def train(
         with Display(console) as display:
             summary = train_run(run, display)
     except KeyboardInterrupt:
-        make_console(stderr=True).print(
-            f"stopped; go on with: {command('ddnn', 'train', '--resume', run.path)}", markup=False
-        )
+        make_console(stderr=True).print(f"stopped; go on with: {resuming(run.path)}", markup=False)
         raise typer.Exit(130) from None
     except DDNNError as error:
         # a run that can go on is no mistake, and others may be in the folder of several processes

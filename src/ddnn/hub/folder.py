@@ -50,11 +50,12 @@ def save_pretrained(
 
     folder = Path(folder)
     content = weights_of(net)
+    size = side_of(net.nets[net.full_name], preprocessing)
     config = checked(
         {
             "network": {"name": network} if isinstance(network, str) else network,
             "stages": net.stages,
-            "num_classes": _num_classes(net.nets[net.full_name], preprocessing),
+            "num_classes": _num_classes(net.nets[net.full_name], size),
             "depths": net.depths,
             "norm": net.norm,
             "head": net.head,
@@ -65,7 +66,7 @@ def save_pretrained(
         "what is to be saved",
     )
     if network is not None:
-        _check_name(net, config)
+        _check_name(net, config, size)
     if evidence is not None:
         evidence.check(net)
     write_atomic(folder / WEIGHTS, content)
@@ -183,8 +184,7 @@ def side_of(net: nn.Module, preprocessing: Preprocessing | None) -> int:
 
 
 @torch.no_grad()
-def _num_classes(net: nn.Module, preprocessing: Preprocessing | None) -> int:
-    size = side_of(net, preprocessing)
+def _num_classes(net: nn.Module, size: int) -> int:
     try:
         return int(ghost(net).eval()(torch.empty(1, 3, size, size, device="meta")).shape[1])
     except Exception as error:  # whatever a forward may raise on images that are not of its size
@@ -195,7 +195,7 @@ def _num_classes(net: nn.Module, preprocessing: Preprocessing | None) -> int:
 
 
 @torch.no_grad()
-def _check_name(net: DDNN, config: Config) -> None:
+def _check_name(net: DDNN, config: Config, size: int) -> None:
     """`HubError` unless the network that the config names computes what the full-net computes, bit by bit."""
     assert config.network is not None
     ours = copy.deepcopy(net.nets[net.full_name]).cpu().eval()
@@ -203,7 +203,7 @@ def _check_name(net: DDNN, config: Config) -> None:
         named = _full_net(config, _named(config)).eval()
     except DDNNError as error:
         raise HubError(str(error)) from None
-    if other := difference(ours, named, side_of(ours, config.preprocessing)):
+    if other := difference(ours, named, size):
         raise HubError(f"network={config.network.name!r} is not the full-net of this DDNN: {other}")
 
 

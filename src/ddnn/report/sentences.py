@@ -72,7 +72,7 @@ def headline(summary: Summary) -> str:
     count = Counter(verdict.kind for verdict in found)
     lacking = [label(method) for method in (HERO, BASELINE) if method not in summary.comparison.methods]
     if lacking:
-        return f"No verdict: this comparison is without {' and '.join(lacking)}."
+        return f"No verdict: this comparison is without {listed(lacking)}."
     if count["unknown"] == len(found):
         return f"No verdict yet: {label(HERO)} and {label(BASELINE)} have no finished seed in common."
     if count["unproven"] and not count["above"] + count["below"] + count["same"]:
